@@ -1,1 +1,13 @@
-//! Placeholder.
+//! The outside world, behind one crate: time, randomness, tasks, memory for direct I/O, disks, files and sockets.
+//!
+//! Everything above asks an [`Env`] for these and for nothing else, so that the same node, pool, volume and metadata
+//! code runs on an operating system and, from one seed, in the simulator. Reading order: [`runtime`], [`buf`], [`disk`],
+//! [`file`], [`net`], [`metrics`].
+
+pub mod buf;
+pub mod disk;
+pub mod runtime;
+
+pub use buf::{Buf, BufMut, BufPool};
+pub use disk::{Disk, Geometry, IoFuture};
+pub use runtime::{Env, Moment, Runtime, TaskHandle, yield_now};

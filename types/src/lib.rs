@@ -8,6 +8,7 @@ pub mod checksum;
 pub mod error;
 pub mod id;
 pub mod name;
+pub mod register;
 pub mod scheme;
 pub mod units;
 
@@ -18,5 +19,8 @@ pub use id::{
     VolumeId,
 };
 pub use name::SegmentName;
+pub use register::{
+    ChangeToken, CheckpointRef, JournalSet, Register, RegisterChange, RegisterError, SetMember, VolumeState,
+};
 pub use scheme::{Scheme, SchemeError};
 pub use units::{BLOCK_BYTES, BlockCount, BlockRange, Lba, SECTOR_BYTES, format_bytes, parse_bytes};

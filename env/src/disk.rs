@@ -1,0 +1,40 @@
+//! Disks: what the node reads and writes. Backends: `uring`, `threads` (pwrite), `memory` (with faults).
+
+use crate::buf::{Buf, BufMut};
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+
+/// A started I/O. The operation runs whether or not it is polled; dropping it does not cancel it (the driver keeps the
+/// buffers until the kernel is done).
+pub type IoFuture<T> = Pin<Box<dyn Future<Output = io::Result<T>> + Send>>;
+
+/// Size and alignment of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Bytes of the disk, a multiple of `sector`.
+    pub bytes: u64,
+    /// Logical sector: offsets and lengths of every request are multiples of it (512 or 4096).
+    pub sector: u32,
+}
+
+/// A file or block device under direct I/O.
+///
+/// Offsets and lengths are multiples of the sector; buffers are aligned to it. Requests may complete in any order. A
+/// completed write survives a crash of the process; it survives power loss only after a flush that *began* after it
+/// completed has returned. After a failed flush the disk is poisoned: every later write and flush fails (a retry of a failed
+/// flush may lie).
+pub trait Disk: Send + Sync + 'static {
+    /// Size and alignment.
+    fn geometry(&self) -> Geometry;
+    /// Fills `into` (its whole length) from `offset`.
+    fn read(&self, offset: u64, into: BufMut) -> IoFuture<BufMut>;
+    /// Writes all of `data` at `offset`.
+    fn write(&self, offset: u64, data: Buf) -> IoFuture<()>;
+    /// Writes the concatenation of `data` at `offset` (each piece sector-aligned in memory and length).
+    fn write_vectored(&self, offset: u64, data: Vec<Buf>) -> IoFuture<()>;
+    /// Makes everything that completed before the call stable.
+    fn flush(&self) -> IoFuture<()>;
+    /// Tells the disk that the range is unused; its content is undefined afterwards. Best effort.
+    fn discard(&self, offset: u64, bytes: u64) -> IoFuture<()>;
+}
