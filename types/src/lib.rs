@@ -7,6 +7,7 @@
 pub mod checksum;
 pub mod error;
 pub mod id;
+pub mod member;
 pub mod name;
 pub mod register;
 pub mod scheme;
@@ -17,6 +18,10 @@ pub use error::ErrorKind;
 pub use id::{
     ClusterId, DeviceId, Epoch, Generation, Incarnation, NodeId, PgId, PoolId, Sequence, SetId, ShardIndex, Version,
     VolumeId,
+};
+pub use member::{
+    ClosedMember, FlushRequest, MemberRef, MemberState, OpenReplica, RegisterView, SEGMENT_BYTES_MAX, SealedSegment,
+    ShardId, UNIT_BYTES,
 };
 pub use name::SegmentName;
 pub use register::{
