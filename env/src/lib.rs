@@ -6,8 +6,16 @@
 
 pub mod buf;
 pub mod disk;
+pub mod error;
+pub mod file;
+pub mod memory;
+pub mod os;
 pub mod runtime;
+#[cfg(test)]
+mod testing;
 
 pub use buf::{Buf, BufMut, BufPool};
 pub use disk::{Disk, Geometry, IoFuture};
+pub use file::{AppendFile, Directory};
+pub use os::OsRuntime;
 pub use runtime::{Env, Moment, Runtime, TaskHandle, yield_now};
