@@ -1,6 +1,7 @@
 //! Disks: what the node reads and writes. Backends: `uring`, `threads` (pwrite), `memory` (with faults).
 
 use crate::buf::{Buf, BufMut};
+use crate::error::EnvError;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -37,4 +38,32 @@ pub trait Disk: Send + Sync + 'static {
     fn flush(&self) -> IoFuture<()>;
     /// Tells the disk that the range is unused; its content is undefined afterwards. Best effort.
     fn discard(&self, offset: u64, bytes: u64) -> IoFuture<()>;
+}
+
+impl Geometry {
+    /// Whether a request lies inside the disk and on sector boundaries, with buffers direct I/O takes. Requests of no
+    /// bytes are refused as well: they are a mistake of the caller.
+    pub(crate) fn check<'a>(
+        &self,
+        operation: &'static str,
+        offset: u64,
+        bytes: u64,
+        mut pieces: impl Iterator<Item = &'a [u8]>,
+    ) -> io::Result<()> {
+        let sector = self.sector as usize;
+        let inside = offset.checked_add(bytes).is_some_and(|end| end <= self.bytes);
+        let whole = offset.is_multiple_of(u64::from(self.sector)) && bytes.is_multiple_of(u64::from(self.sector));
+        let aligned =
+            pieces.all(|piece| (piece.as_ptr() as usize).is_multiple_of(sector) && piece.len().is_multiple_of(sector));
+        if bytes > 0 && inside && whole && aligned {
+            return Ok(());
+        }
+        let (disk_bytes, sector) = (self.bytes, self.sector);
+        Err(EnvError::Refused { operation, offset, bytes, disk_bytes, sector }.into_io())
+    }
+}
+
+/// An I/O that is over already.
+pub(crate) fn ready<T: Send + 'static>(result: io::Result<T>) -> IoFuture<T> {
+    Box::pin(std::future::ready(result))
 }

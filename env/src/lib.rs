@@ -17,5 +17,6 @@ mod testing;
 pub use buf::{Buf, BufMut, BufPool};
 pub use disk::{Disk, Geometry, IoFuture};
 pub use file::{AppendFile, Directory};
+pub use memory::MemoryDisk;
 pub use os::OsRuntime;
 pub use runtime::{Env, Moment, Runtime, TaskHandle, yield_now};
