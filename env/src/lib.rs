@@ -9,6 +9,7 @@ pub mod disk;
 pub mod error;
 pub mod file;
 pub mod memory;
+pub mod net;
 pub mod os;
 pub mod runtime;
 #[cfg(test)]
@@ -18,5 +19,6 @@ pub use buf::{Buf, BufMut, BufPool};
 pub use disk::{Disk, Geometry, IoFuture};
 pub use file::{AppendFile, Directory};
 pub use memory::MemoryDisk;
+pub use net::{Listener, Stream};
 pub use os::OsRuntime;
 pub use runtime::{Env, Moment, Runtime, TaskHandle, yield_now};
