@@ -75,6 +75,7 @@ pub fn assign_with_holes(
     let vacated = plan.cells.contains(&HOLE);
     plan.fill();
     plan.even_out(Donors::Filled, |_, slot| slot.excess() < -LACK_IGNORED);
+    plan.give_excess();
     // One kind of movement at a time, so that each is minimal: a loss moves only what was lost, a join only what the joined
     // devices take. Without either, what lacks for another reason (a weight grew) is evened out.
     if joined.contains(&true) {
@@ -122,6 +123,10 @@ impl Plan {
 
     fn group(&self, pg: u32) -> &[u32] {
         &self.cells[pg as usize * self.shape.width..][..self.shape.width]
+    }
+
+    fn kept_of(&self, pg: u32) -> &[bool] {
+        &self.kept[pg as usize * self.shape.width..][..self.shape.width]
     }
 
     fn set(&mut self, pg: u32, position: usize, slot: u32) {
@@ -241,23 +246,28 @@ impl Plan {
             slot.excess() / slot.target
         };
         receivers.sort_by(|a, b| part(a).total_cmp(&part(b)).then(a.cmp(b)));
+        if receivers.is_empty() {
+            return;
+        }
+        let groups: Vec<u32> =
+            (0..self.shape.pg_count).filter(|pg| donors == Donors::All || self.kept_of(*pg).contains(&false)).collect();
         for receiver in receivers {
-            self.take_share(receiver, donors);
+            self.take_share(receiver, donors, &groups);
         }
     }
 
     /// Lets one device take positions until it has its share: first in the groups where its score is highest.
-    fn take_share(&mut self, receiver: u32, donors: Donors) {
+    fn take_share(&mut self, receiver: u32, donors: Donors, candidates: &[u32]) {
         let own = self.layout.slots[receiver as usize].hash;
         // Groups in descending order of the score, fetched in portions: sorting all of them is rarely needed.
         let mut above = u64::MAX;
         let mut portion = (-self.layout.slots[receiver as usize].excess() * 4.0).max(64.0) as u64;
         while above > 0 {
-            let part = (u128::from(portion) << 64) / u128::from(self.shape.pg_count);
+            let part = (u128::from(portion) << 64) / candidates.len().max(1) as u128;
             let below = above.saturating_sub(u64::try_from(part).unwrap_or(u64::MAX));
-            let mut groups: Vec<(u64, u32)> = (0u32..)
-                .zip(&self.pg_hashes)
-                .map(|(pg, hash)| (combine(*hash, own), pg))
+            let mut groups: Vec<(u64, u32)> = candidates
+                .iter()
+                .map(|pg| (combine(self.pg_hashes[*pg as usize], own), *pg))
                 .filter(|(score, _)| (*score < above || above == u64::MAX) && *score >= below)
                 .collect();
             groups.sort_unstable_by(|a, b| b.cmp(a));
@@ -278,7 +288,7 @@ impl Plan {
     /// no two positions in one domain. The most overloaded holder gives.
     fn donor(&self, pg: u32, receiver: u32, donors: Donors) -> Option<usize> {
         let to = &self.layout.slots[receiver as usize];
-        let kept = &self.kept[pg as usize * self.shape.width..][..self.shape.width];
+        let kept = self.kept_of(pg);
         let holders = || {
             let held = self.group(pg).iter().enumerate().filter(|(_, slot)| **slot != HOLE);
             held.map(|(position, slot)| (position, &self.layout.slots[*slot as usize]))
@@ -290,6 +300,45 @@ impl Plan {
             .filter(|(_, from)| from.excess() > 0.0 && from.excess() - to.excess() > 1.0)
             .max_by(|(a, x), (b, y)| x.excess().total_cmp(&y.excess()).then(b.cmp(a)))
             .map(|(position, _)| position)
+    }
+
+    /// Lets devices that hold more than a position too many hand positions filled just now to those that lack most: many small
+    /// lacks, none large enough to be seen by [`Plan::even_out`], can add up to one large excess.
+    fn give_excess(&mut self) {
+        let over = |slot: &Slot| slot.excess() > 1.0;
+        let mut givers: Vec<u32> =
+            (0u32..).zip(&self.layout.slots).filter(|(_, slot)| over(slot)).map(|(at, _)| at).collect();
+        givers.sort_by(|a, b| {
+            let excess = |at: &u32| self.layout.slots[*at as usize].excess();
+            excess(b).total_cmp(&excess(a)).then(a.cmp(b))
+        });
+        for giver in givers {
+            for pg in 0..self.shape.pg_count {
+                if !over(&self.layout.slots[giver as usize]) {
+                    break;
+                }
+                let Some(position) = self.group(pg).iter().position(|slot| *slot == giver) else { continue };
+                if self.kept_of(pg)[position] {
+                    continue;
+                }
+                if let Some(receiver) = self.taker(pg, giver) {
+                    self.set(pg, position, receiver);
+                }
+            }
+        }
+    }
+
+    /// The device that lacks most among those that may take the position of `giver`, if that brings both nearer to fairness.
+    fn taker(&mut self, pg: u32, giver: u32) -> Option<u32> {
+        self.used_by.fill(0);
+        self.mark(pg);
+        let from = &self.layout.slots[giver as usize];
+        (0u32..)
+            .zip(&self.layout.slots)
+            .filter(|(_, to)| to.domain == from.domain || self.used_by[to.domain as usize] != pg + 1)
+            .filter(|(_, to)| from.excess() - to.excess() > 1.0)
+            .min_by(|(_, a), (_, b)| a.excess().total_cmp(&b.excess()))
+            .map(|(at, _)| at)
     }
 
     fn into_table(self) -> PgTable {

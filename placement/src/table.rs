@@ -133,8 +133,10 @@ mod tests {
     fn a_table_survives_its_stored_form() {
         let table = PgTable::try_from(stored(2, vec![1, 2, 2, 0])).unwrap();
         assert_eq!(table.positions, [[Some(DeviceId(5)), Some(DeviceId(9))], [Some(DeviceId(9)), None]]);
-        let back = Stored::from(table.clone());
-        assert_eq!(PgTable::try_from(back), Ok(table));
+        let bytes = postcard::to_allocvec(&table).unwrap();
+        // Two devices of 33 bytes each, then one byte per position.
+        assert_eq!(bytes.len(), 3 + 1 + 2 * 33 + 1 + 4);
+        assert_eq!(postcard::from_bytes(&bytes), Ok(table));
     }
 
     #[test]

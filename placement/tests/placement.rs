@@ -74,9 +74,11 @@ proptest! {
         let report = check(&topology, &table);
         prop_assert_eq!(&report.violations, &[]);
         prop_assert_eq!(report.holes, 0);
+        // With hardly more domains than positions, hashing has few choices and evening out needs chains of swaps.
+        let tolerated = if topology.domain_count(level) >= width * 3 / 2 { 0.03 } else { 0.10 };
         for load in &report.loads {
             let off = (f64::from(load.positions) - load.fair).abs();
-            prop_assert!(off <= 3.0 + 0.03 * load.fair, "{load:?}");
+            prop_assert!(off <= 3.0 + tolerated * load.fair, "{load:?}");
         }
     }
 
