@@ -1,6 +1,7 @@
 //! The crate graph: who may depend on whom. Source: docs/ARCHITECTURE.md, "Crate graph".
 
 use serde::Deserialize;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 
@@ -120,9 +121,29 @@ pub fn check(metadata: &Metadata) -> Vec<String> {
     findings
 }
 
+/// Every dependency from outside that has no line of reason in `architecture` (the text of docs/ARCHITECTURE.md).
+pub fn check_reasons(metadata: &Metadata, architecture: &str) -> Vec<String> {
+    let table = architecture.split_once("\n## Dependencies\n").map_or("", |(_, table)| table);
+    let reasoned: BTreeSet<&str> = table
+        .lines()
+        .filter_map(|line| line.strip_prefix("| ")?.split_once(" |"))
+        .map(|(name, _)| name.trim_matches('`'))
+        .collect();
+    let used: BTreeSet<&str> = metadata
+        .packages
+        .iter()
+        .flat_map(|package| &package.dependencies)
+        .filter(|dependency| dependency.path.is_none())
+        .map(|dependency| dependency.name.as_str())
+        .collect();
+    used.difference(&reasoned)
+        .map(|name| format!("docs/ARCHITECTURE.md: no reason given for the dependency {name}"))
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{ALLOWED, Metadata, TOP, check};
+    use super::{ALLOWED, Metadata, TOP, check, check_reasons};
 
     fn workspace(extra: &str) -> Metadata {
         let mut packages: Vec<String> = ALLOWED
@@ -174,5 +195,17 @@ mod tests {
                 assert!(found < position, "{name} uses {used}, which comes later");
             }
         }
+    }
+
+    #[test]
+    fn a_dependency_without_a_reason_is_found() {
+        let metadata: Metadata = serde_json::from_str(
+            r#"{"packages":[{"name":"x","publish":[],"dependencies":[
+                {"name":"blake3","kind":null,"path":null}, {"name":"quux","kind":"dev","path":null}]}]}"#,
+        )
+        .unwrap();
+        let architecture = "| quux |\n\n## Dependencies\n| Crate | Why |\n|---|---|\n| blake3 | hash |\n";
+        let findings = check_reasons(&metadata, architecture);
+        assert_eq!(findings, ["docs/ARCHITECTURE.md: no reason given for the dependency quux"]);
     }
 }

@@ -13,7 +13,10 @@ pub fn tidy() -> Result<(), String> {
     let settings = fs::read_to_string(root.join("xtask/tidy.toml")).map_err(|error| format!("tidy.toml: {error}"))?;
     let settings: Settings = toml::from_str(&settings).map_err(|error| format!("tidy.toml: {error}"))?;
     let files = tree::files(&root)?;
-    let mut findings = graph::check(&graph::metadata(&root)?);
+    let metadata = graph::metadata(&root)?;
+    let architecture = files.iter().find(|file| file.path == "docs/ARCHITECTURE.md").map_or("", |file| &file.text);
+    let mut findings = graph::check(&metadata);
+    findings.extend(graph::check_reasons(&metadata, architecture));
     findings.extend(formats::check(&files));
     findings.extend(rules::check(&files, &settings));
     for finding in &findings {
