@@ -27,7 +27,7 @@ struct Banned {
 
 /// Crates that may contain `unsafe`: kernels, system calls, and the C libraries that benches compare with.
 const UNSAFE_IN: &[&str] = &["erasure/", "env/", "benches/"];
-/// Crates that may use the banned calls of clippy.toml, beside tests: see the reasons there.
+/// Crates that may use the banned calls of clippy.toml, beside tests and examples: see the reasons there.
 const BANNED_CALLS_IN: &[&str] = &["env/", "xtask/", "tests/", "benches/", "cli/"];
 /// Crates that may use fjall, each in one file only, so that the index can be replaced.
 const FJALL_IN: &[&str] = &["node/src/", "lsm-block/src/"];
@@ -89,6 +89,7 @@ pub fn check(files: &[File], settings: &Settings) -> Vec<String> {
     for file in files {
         let mut report = Report { path: &file.path, lines: file.text.lines().collect(), findings: Vec::new() };
         machine_paths(file, &mut report);
+        dead_links(file, files, &mut report);
         let source = file.path.ends_with(".rs").then(|| Source::new(file));
         banned_words(file, source.as_ref(), settings, &mut report);
         if let Some(source) = &source {
@@ -115,6 +116,37 @@ fn machine_paths(file: &File, report: &mut Report<'_>) {
             }
         }
     }
+}
+
+fn dead_links(file: &File, files: &[File], report: &mut Report<'_>) {
+    if !file.path.ends_with(".md") {
+        return;
+    }
+    for (at, opening) in file.text.match_indices("](") {
+        let target = file.text[at + opening.len()..].split([')', '#', '\n']).next().unwrap_or_default();
+        let Some(path) = resolve(&file.path, target) else { continue };
+        let folder = format!("{path}/");
+        if !files.iter().any(|other| other.path == path || other.path.starts_with(&folder)) {
+            report.add(line_of(&file.text, at), "dead-link", &format!("{target} does not exist"));
+        }
+    }
+}
+
+/// The path in the repository that a link in `from` means; `None` for links elsewhere or to the document itself.
+fn resolve(from: &str, target: &str) -> Option<String> {
+    if target.is_empty() || target.contains(':') || target.contains(char::is_whitespace) {
+        return None;
+    }
+    let mut parts: Vec<&str> = from.split('/').collect();
+    parts.pop();
+    for part in target.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => drop(parts.pop()),
+            name => parts.push(name),
+        }
+    }
+    Some(parts.join("/"))
 }
 
 fn banned_words(file: &File, source: Option<&Source<'_>>, settings: &Settings, report: &mut Report<'_>) {
@@ -186,7 +218,7 @@ fn unordered_select(source: &Source<'_>, report: &mut Report<'_>) {
 }
 
 fn banned_call_exceptions(source: &Source<'_>, report: &mut Report<'_>) {
-    if source.is_in(BANNED_CALLS_IN) {
+    if source.is_in(BANNED_CALLS_IN) || source.path.contains("/examples/") {
         return;
     }
     for lint in ["clippy::disallowed_methods", "clippy::disallowed_types", "clippy::disallowed_macros"] {
@@ -240,6 +272,7 @@ mod tests {
         let cases: &[(&str, &str, &[&str])] = &[
             ("README.md", home, &["machine-path"]),
             ("README.md", "FROB\n", &["banned-word"]),
+            ("docs/a.md", "see [b](../b.md#x)\n", &["dead-link"]),
             ("node/src/a.rs", "use anyhow::Result;", &["banned-word"]),
             ("node/src/a.rs", &long, &["length"]),
             ("node/src/a.rs", "fn f() { todo!() }", &["stub"]),
@@ -260,6 +293,7 @@ mod tests {
     fn what_is_fine_stays_quiet() {
         let cases = [
             ("README.md", concat!("https://example.org/ho", "me/x and $DIR/wo", "rk/x\n")),
+            ("docs/a.md", "[a](a.md), [a](../docs/a.md#x), [docs](../docs), [x](https://x.org/y), [c](#c)\n"),
             ("node/src/a.rs", "// unsafe todo! anyhow FROBBER\nlet s = \"todo! unsafe\";"),
             ("node/src/lib.rs", "#![forbid(unsafe_code)]"),
             ("erasure/src/kernel.rs", "unsafe { f() }"),
