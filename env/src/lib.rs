@@ -2,7 +2,13 @@
 //!
 //! Everything above asks an [`Env`] for these and for nothing else, so that the same node, pool, volume and metadata
 //! code runs on an operating system and, from one seed, in the simulator. Reading order: [`runtime`], [`buf`], [`disk`],
-//! [`file`], [`net`], [`metrics`].
+//! [`file`], [`net`], [`metrics`]; then what stands behind them: [`os`], [`os_disk`], [`memory`].
+
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "this crate is where the calls banned elsewhere live"
+)]
 
 pub mod buf;
 pub mod disk;
@@ -12,9 +18,12 @@ pub mod memory;
 pub mod metrics;
 pub mod net;
 pub mod os;
+pub mod os_disk;
 pub mod runtime;
 #[cfg(test)]
 mod testing;
+mod threads;
+mod uring;
 
 pub use buf::{Buf, BufMut, BufPool};
 pub use disk::{Disk, Geometry, IoFuture};

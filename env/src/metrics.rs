@@ -299,7 +299,7 @@ impl Registry {
 #[must_use]
 pub fn render(samples: &[Sample]) -> String {
     let mut out = String::new();
-    let mut families: Vec<(&str, &str, &Sample)> = samples.iter().map(|sample| split(sample)).collect();
+    let mut families: Vec<(&str, &str, &Sample)> = samples.iter().map(split).collect();
     // A family's lines must stand together; `a{...}` and `a_b` sort differently with and without labels.
     families.sort_by_key(|&(family, labels, _)| (family, labels));
     let mut last = "";
