@@ -1,0 +1,7 @@
+//! Promises of the metadata: registers, state machine, durability, stored formats.
+
+mod durability;
+mod golden;
+mod registers;
+mod state;
+mod support;
