@@ -243,11 +243,12 @@ def measure(target, options, job, seconds):
     side = "read" if is_read(job) else "write"
     more = [*more, "--time_based", f"--runtime={seconds}", *([] if side == "read" else ["--end_fsync=1"])]
     process = target.process()
+    counters = None
     if process:
         process.settle()
+        counters = target.counters()
         process.forget_peak()
         cpu, io = process.cpu_seconds(), process.io()
-    counters = target.counters()
     load = os.getloadavg()[0]
     result = fio(options, job, rw, block, depth, more)
     part = result[side]
