@@ -1,4 +1,5 @@
 //! What was answered is there after any crash; what was not may be, as a whole.
+#![allow(clippy::disallowed_methods, reason = "tokio::test makes the runtime of a test")]
 
 use crate::support::{
     CLUSTER, VOLUME, change, checkpoint, create_pool, create_volume, name, nodes, register_of, set, state_after,
