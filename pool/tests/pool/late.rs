@@ -1,0 +1,94 @@
+//! A device that is late costs a read the time its peers need, not its own.
+
+use crate::cluster::{Cluster, Dice, schemes, segment};
+use crate::fake::Stall;
+use futures::future::join_all;
+use lsm_block::store::StoreError;
+use xsan_types::Scheme;
+
+const STALLED: Stall = Stall { reads: true, puts: false, appends: false };
+
+#[tokio::test]
+async fn a_stalled_device_is_gone_round() {
+    for scheme in schemes().into_iter().filter(|scheme| scheme.tolerates() > 0) {
+        let cluster = Cluster::new(scheme, 0);
+        let body = Dice(1).bytes(1 << 20);
+        cluster.seal(segment(1), &body).await.unwrap();
+        let stalled: Vec<usize> = (0..scheme.tolerates()).collect();
+        stalled.iter().for_each(|&number| cluster.stall(number, STALLED));
+        for offset in (0..1 << 20).step_by(65536) {
+            let found = cluster.read_blocks(segment(1), &body, offset, 8192).await.unwrap();
+            assert!(*found == body[offset..offset + 8192], "{scheme}");
+        }
+        assert!(*cluster.read_whole(segment(1), &body, 0, 1 << 20).await.unwrap() == *body, "{scheme}");
+        let stats = cluster.pool.stats();
+        assert!(stats.hedges > 0 && stats.hedge_wins == stats.hedges, "{scheme}: {stats:?}");
+        assert_eq!((stats.degraded_reads, stats.damaged_blocks), (0, 0));
+    }
+}
+
+#[tokio::test]
+async fn quick_devices_are_never_hedged() {
+    let cluster = Cluster::new(Scheme::rs(4, 2).unwrap(), 0);
+    let body = Dice(2).bytes(1 << 20);
+    cluster.seal(segment(1), &body).await.unwrap();
+    cluster.check_reads(segment(1), &body, &mut Dice(3), 100, "quick").await;
+    assert_eq!(cluster.pool.stats().hedges, 0);
+}
+
+#[tokio::test]
+async fn a_late_answer_is_taken_when_nobody_else_has_one() {
+    let mut cluster = Cluster::new(Scheme::rs(2, 1).unwrap(), 0);
+    let body = Dice(4).bytes(1 << 20);
+    cluster.seal(segment(1), &body).await.unwrap();
+    cluster.take_down(&[1]);
+    cluster.stall(0, STALLED);
+    let read = cluster.read_blocks(segment(1), &body, 0, 4096);
+    let release = async {
+        cluster.until(|cluster| cluster.pool.stats().hedges == 1).await;
+        cluster.stall(0, Stall::default());
+    };
+    let (found, ()) = futures::join!(read, release);
+    assert!(*found.unwrap() == body[..4096]);
+    assert_eq!(cluster.pool.stats().hedge_wins, 0);
+}
+
+#[tokio::test]
+async fn a_late_answer_that_is_wrong_is_not_taken_but_repaired() {
+    let cluster = Cluster::new(Scheme::rs(2, 1).unwrap(), 0);
+    let body = Dice(5).bytes(1 << 20);
+    cluster.seal(segment(1), &body).await.unwrap();
+    let good = cluster.shard(segment(1), 0).unwrap().bytes;
+    cluster.damage(segment(1), 0, 3);
+    [0, 2].into_iter().for_each(|number| cluster.stall(number, STALLED));
+    let read = cluster.read_blocks(segment(1), &body, 0, 4096);
+    let release = async {
+        cluster.until(|cluster| cluster.pool.stats().hedges == 1).await;
+        cluster.stall(0, Stall::default());
+        cluster.until(|cluster| cluster.nodes[2].state().reads == 1).await;
+        cluster.stall(2, Stall::default());
+    };
+    let (found, ()) = futures::join!(read, release);
+    assert!(*found.unwrap() == body[..4096]);
+    cluster.until(|cluster| cluster.shard(segment(1), 0).unwrap().bytes == good).await;
+}
+
+#[tokio::test]
+async fn when_everything_is_slow_only_a_part_is_asked_twice() {
+    let cluster = Cluster::new(Scheme::rs(4, 2).unwrap(), 0);
+    let body = Dice(6).bytes(4 << 20);
+    cluster.seal(segment(1), &body).await.unwrap();
+    (0..6).for_each(|number| cluster.stall(number, STALLED));
+    let reads = join_all((0..1000).map(|block| cluster.read_blocks(segment(1), &body, block * 4096, 4096)));
+    let release = async {
+        cluster.until(|cluster| cluster.pool.stats().hedges >= 64).await;
+        let waited = cluster.env.now();
+        cluster.until(|cluster| cluster.env.now().since(waited).as_millis() > 30).await;
+        // 64 saved up, and a quarter of 1000 at most.
+        assert!(cluster.pool.stats().hedges <= 64 + 250, "{:?}", cluster.pool.stats());
+        (0..6).for_each(|number| cluster.stall(number, Stall::default()));
+    };
+    let (found, ()) = futures::join!(reads, release);
+    let wrong: Vec<StoreError> = found.into_iter().filter_map(Result::err).collect();
+    assert_eq!(wrong, []);
+}
