@@ -55,23 +55,26 @@ ensure_packages() {
     die "apt-get could not install ${missing[*]}"
 }
 
-# ensure_rust -- [COMPONENT...]: an installed cargo that is new enough, else one through rustup, for this user.
+# ensure_rust -- [COMPONENT...]: an installed cargo that is new enough, else a toolchain of its own through rustup. Toolchains that
+# are there already are never updated: other work on this machine may depend on their version.
 ensure_rust() {
   local wanted found component
   shift
-  wanted=$(sed -n 's/^rust-version *= *"\(.*\)"/\1/p' "$ROOT/Cargo.toml" | head -n 1)
+  wanted=$(sed -n 's/^rust-version *= *"\([^"]*\)".*/\1/p' "$ROOT/Cargo.toml" | head -n 1)
+  [[ $wanted =~ ^[0-9]+(\.[0-9]+)+$ ]] || die "Cargo.toml names no rust-version"
   PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
   found=$(cargo --version 2>/dev/null | awk '{ print $2 }') || true
   if [[ -z $found || $(printf '%s\n' "$wanted" "$found" | sort -V | head -n 1) != "$wanted" ]]; then
-    say "cargo ${found:-is missing}${found:+ is too old}; Rust $wanted or newer comes through rustup, for this user only"
+    say "cargo ${found:-is missing}${found:+ is too old}: adding Rust $wanted through rustup, for this user only"
     if ! command -v rustup >/dev/null; then
       ensure_packages curl:curl /etc/ssl/certs/ca-certificates.crt:ca-certificates
-      curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y -q --profile minimal --no-modify-path
+      curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
+        sh -s -- -y -q --profile minimal --default-toolchain none --no-modify-path || die "rustup could not be installed"
     fi
     PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
     hash -r
-    rustup toolchain install stable --profile minimal --no-self-update
-    export RUSTUP_TOOLCHAIN=stable
+    rustup toolchain install "$wanted" --profile minimal --no-self-update || die "Rust $wanted could not be installed"
+    export RUSTUP_TOOLCHAIN=$wanted
   fi
   for component in "$@"; do
     "cargo-${component/rustfmt/fmt}" --version >/dev/null 2>&1 || rustup component add "$component" ||
