@@ -11,6 +11,7 @@ struct Neon(uint8x16_t);
 
 impl Lanes for Neon {
     const BYTES: usize = 16;
+    const PAIRS: bool = false;
     type Table = Nibbles;
     /// Products with the low half, products with the high half.
     type Factor = (uint8x16_t, uint8x16_t);

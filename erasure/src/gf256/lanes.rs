@@ -10,6 +10,8 @@ use std::ops::Range;
 pub(super) trait Lanes: Copy {
     /// Bytes of a register; at most 64.
     const BYTES: usize;
+    /// Whether sources are taken in pairs: worth the registers only where three terms are added in one instruction.
+    const PAIRS: bool;
     /// A coefficient in memory.
     type Table;
     /// A coefficient in registers.
@@ -93,8 +95,7 @@ unsafe fn sweep_rows<L: Lanes, const R: usize, const U: usize>(
     }
 }
 
-/// Computes U registers of R targets at byte `at`. Sources are taken in pairs because some kernels add three terms in
-/// one instruction.
+/// Computes U registers of R targets at byte `at`.
 ///
 /// # Safety
 /// As [`sweep`], with R targets; `at` + U registers lies inside the shards.
@@ -112,7 +113,7 @@ unsafe fn step<L: Lanes, const R: usize, const U: usize>(
         let mut table = tables.as_ptr();
         let mut source = sources.as_ptr();
         let end = source.add(sources.len());
-        while source.add(1) < end {
+        while L::PAIRS && source.add(1) < end {
             let (first, second) = ((*source).add(at), (*source.add(1)).add(at));
             let a: [L::Operand; U] = std::array::from_fn(|u| L::operand(first.add(u * L::BYTES)));
             let b: [L::Operand; U] = std::array::from_fn(|u| L::operand(second.add(u * L::BYTES)));
@@ -125,7 +126,7 @@ unsafe fn step<L: Lanes, const R: usize, const U: usize>(
             table = table.add(2 * R);
             source = source.add(2);
         }
-        if source < end {
+        while source < end {
             let a: [L::Operand; U] = std::array::from_fn(|u| L::operand((*source).add(at + u * L::BYTES)));
             for (row, sums) in sums.iter_mut().enumerate() {
                 let f = L::factor(&*table.add(row));
@@ -133,6 +134,8 @@ unsafe fn step<L: Lanes, const R: usize, const U: usize>(
                     *sum = sum.add_product(a[u], f);
                 }
             }
+            table = table.add(R);
+            source = source.add(1);
         }
         for (sums, &target) in sums.iter().zip(targets) {
             for (u, sum) in sums.iter().enumerate() {

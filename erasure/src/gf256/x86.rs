@@ -11,6 +11,7 @@ struct Gfni512(__m512i);
 
 impl Lanes for Gfni512 {
     const BYTES: usize = 64;
+    const PAIRS: bool = true;
     type Table = u64;
     type Factor = __m512i;
     type Operand = __m512i;
@@ -57,6 +58,7 @@ struct Gfni256(__m256i);
 
 impl Lanes for Gfni256 {
     const BYTES: usize = 32;
+    const PAIRS: bool = false;
     type Table = u64;
     type Factor = __m256i;
     type Operand = __m256i;
@@ -99,6 +101,7 @@ struct Avx2(__m256i);
 
 impl Lanes for Avx2 {
     const BYTES: usize = 32;
+    const PAIRS: bool = false;
     type Table = Nibbles;
     /// Products with the low half, products with the high half.
     type Factor = (__m256i, __m256i);
@@ -155,6 +158,7 @@ struct Ssse3(__m128i);
 
 impl Lanes for Ssse3 {
     const BYTES: usize = 16;
+    const PAIRS: bool = false;
     type Table = Nibbles;
     /// Products with the low half, products with the high half.
     type Factor = (__m128i, __m128i);
