@@ -230,7 +230,12 @@ fn banned_call_exceptions(source: &Source<'_>, report: &mut Report<'_>) {
 }
 
 fn index_engine<'a>(source: &Source<'a>, report: &mut Report<'_>, seen: &mut Vec<(&'static str, &'a str)>) {
-    let Some(at) = words(&source.code, "fjall").next() else { return };
+    // A module may carry the engine's name: `mod fjall` and `path::fjall::Type` are not the crate.
+    if words(&source.code, "mod fjall").next().is_some() {
+        return;
+    }
+    let is_crate = |at: &usize| !source.code[..*at].ends_with("::");
+    let Some(at) = words(&source.code, "fjall").find(is_crate) else { return };
     let line = line_of(&source.code, at);
     let Some(place) = FJALL_IN.iter().find(|place| source.path.starts_with(**place)) else {
         return report.add(line, "fjall", "fjall stays behind a trait, in one file of node or lsm-block");
@@ -312,6 +317,9 @@ mod tests {
         let one = ("node/src/a.rs", "use fjall::A;");
         let other_crate = ("lsm-block/src/a.rs", "use fjall::A;");
         assert!(findings(&[one, other_crate]).is_empty());
+        let module = ("node/src/mod.rs", "pub mod fjall;\npub use fjall::Index;");
+        let user = ("node/src/b.rs", "pub use index::fjall::Index;");
+        assert!(findings(&[one, module, user]).is_empty());
         assert_eq!(findings(&[one, ("node/src/b.rs", "use fjall::B;")]).len(), 1);
     }
 }
