@@ -7,7 +7,7 @@ mod memory;
 mod os;
 
 pub use memory::{FaultAt, MemoryDirectory};
-pub use os::OsDirectory;
+pub use os::{OsDirectory, free_bytes};
 
 use crate::error::EnvError;
 use crate::runtime::BoxFuture;

@@ -253,3 +253,20 @@ impl AppendFile for OsAppendFile {
         self.bytes
     }
 }
+
+/// Bytes that may still be written to the file system that holds `path`.
+///
+/// # Errors
+/// Those of the operating system.
+#[allow(unsafe_code)]
+pub fn free_bytes(path: &Path) -> io::Result<u64> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: all-zero bytes are a valid `statvfs`: it holds plain numbers.
+    let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `path` ends with a zero byte and `stat` is writable for the length of the call.
+    if unsafe { libc::statvfs(path.as_ptr(), &raw mut stat) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(stat.f_bavail * stat.f_frsize)
+}

@@ -102,7 +102,7 @@ async fn change(
 
 impl Recovery<'_> {
     /// Waits for nodes, until the deadline.
-    async fn wait(&self, reason: &dyn std::fmt::Display) -> Result<(), VolumeError> {
+    async fn wait(&self, reason: String) -> Result<(), VolumeError> {
         if self.config.env.now() >= self.deadline {
             tracing::warn!(volume = %self.config.id, %reason, "take-over gives up");
             return Err(VolumeError::TimedOut);
@@ -123,7 +123,7 @@ impl Recovery<'_> {
                     self.index = Arc::new(index);
                     return Ok(());
                 }
-                Err(error) if error.kind() == ErrorKind::Unavailable => self.wait(&error).await?,
+                Err(error) if error.kind() == ErrorKind::Unavailable => self.wait(error.to_string()).await?,
                 Err(error) => return Err(error.into()),
             }
         }
@@ -173,7 +173,7 @@ impl Recovery<'_> {
                 );
                 return Ok(journal);
             }
-            self.wait(&format_args!("{silent} of {} journal members do not answer", set.members.len())).await?;
+            self.wait(format!("{silent} of {} journal members do not answer", set.members.len())).await?;
         }
     }
 
@@ -235,7 +235,7 @@ impl Recovery<'_> {
                         .map_err(|error| VolumeError::Footer { segment: sealed.name, error });
                 }
                 // Fewer than k shards: wait, never skip (C11).
-                Err(error) if error.kind() == ErrorKind::Unavailable => self.wait(&error).await?,
+                Err(error) if error.kind() == ErrorKind::Unavailable => self.wait(error.to_string()).await?,
                 Err(error) => return Err(error.into()),
             }
         }
@@ -254,7 +254,7 @@ impl Recovery<'_> {
                 Ok(Some(record)) => record,
                 Ok(None) => return Ok(()),
                 Err(error) if error.kind() == ErrorKind::Unavailable => {
-                    self.wait(&error).await?;
+                    self.wait(error.to_string()).await?;
                     continue;
                 }
                 Err(error) => return Err(error),
@@ -301,7 +301,7 @@ impl Recovery<'_> {
             };
             match self.config.store.read(read).await {
                 Ok(bytes) => return Ok(Some(bytes)),
-                Err(error) if error.kind() == ErrorKind::Unavailable => self.wait(&error).await?,
+                Err(error) if error.kind() == ErrorKind::Unavailable => self.wait(error.to_string()).await?,
                 Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) => return Ok(None),
                 Err(error) => return Err(error.into()),
             }
@@ -320,7 +320,7 @@ impl Recovery<'_> {
             match self.config.store.seal(name, body.clone()).await {
                 Ok(holes) => break holes,
                 Err(error) if matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::NoSpace) => {
-                    self.wait(&error).await?;
+                    self.wait(error.to_string()).await?;
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -365,7 +365,7 @@ impl Recovery<'_> {
             match built {
                 Ok(reference) => return Ok(Some(reference)),
                 Err(error) if matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::NoSpace) => {
-                    self.wait(&error).await?;
+                    self.wait(error.to_string()).await?;
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -383,7 +383,7 @@ impl Recovery<'_> {
                 Ok(devices) => devices,
                 Err(error) => {
                     avoid.clear();
-                    self.wait(&error).await?;
+                    self.wait(error.to_string()).await?;
                     continue;
                 }
             };

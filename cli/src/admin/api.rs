@@ -1,0 +1,231 @@
+//! Requests and answers of the admin API. Field names are stable: scripts read them.
+
+use serde::{Deserialize, Serialize};
+use xsan_types::Scheme;
+
+/// An error as the API tells it. `kind` is the name of an `ErrorKind` in lower case (docs/errors.md).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApiError {
+    /// What a program can decide on.
+    pub kind: String,
+    /// What is wrong, for people.
+    pub message: String,
+    /// What to do about it, for people.
+    pub next_step: Option<String>,
+}
+
+/// The cluster's state, computed when asked.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ClusterStatus {
+    /// `ok`, `degraded` (served, with less redundancy than wanted) or `stalled` (some I/O waits).
+    pub health: String,
+    /// Why it is not `ok`, one sentence each.
+    pub reasons: Vec<String>,
+    /// Identity of the cluster.
+    pub cluster: String,
+    /// All nodes are on one host.
+    pub single_host: bool,
+    /// Version of the cluster map.
+    pub epoch: u64,
+    /// `uring` or `threads`.
+    pub io_backend: String,
+    /// Version of this program.
+    pub version: String,
+    /// NBD addresses; a volume's URI is one of these with its name.
+    pub nbd: Vec<String>,
+    /// Nodes.
+    pub nodes: Vec<NodeStatus>,
+    /// Pools.
+    pub pools: Vec<PoolStatus>,
+    /// Volumes.
+    pub volumes: Vec<VolumeInfo>,
+    /// Sums over the process.
+    pub counters: ProcessCounters,
+}
+
+/// A node.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// Its name.
+    pub name: String,
+    /// `up` or `down`.
+    pub state: String,
+    /// Since when it is so, milliseconds since 1970.
+    pub since_millis: u64,
+    /// Its device.
+    pub device: String,
+    /// Bytes for shards and replicas (0 while it is down).
+    pub capacity: u64,
+    /// Of them allocated.
+    pub used: u64,
+    /// Shards on it.
+    pub shards: u64,
+    /// Journal members on it.
+    pub members: u64,
+    /// Its device takes no more writes.
+    pub failed: bool,
+}
+
+/// A pool.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PoolStatus {
+    /// Its name.
+    pub name: String,
+    /// Redundancy.
+    pub scheme: Scheme,
+    /// Placement groups.
+    pub placement_groups: usize,
+    /// Nodes that may be lost when all is well.
+    pub tolerates: usize,
+    /// Positions of its placement groups whose node is down.
+    pub positions_down: usize,
+    /// All positions.
+    pub positions: usize,
+    /// Volumes in it.
+    pub volumes: usize,
+}
+
+/// A volume.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VolumeInfo {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub id: u64,
+    /// Its pool.
+    pub pool: String,
+    /// Bytes.
+    pub size: u64,
+    /// `replicated` or `persisted`.
+    pub ack: String,
+    /// `idle` (no client yet), `serving`, `waiting` or `closed`.
+    pub state: String,
+    /// Why it waits.
+    pub reason: Option<String>,
+    /// Its NBD clients.
+    pub clients: usize,
+    /// Ownership.
+    pub generation: u64,
+    /// URI on the unix socket.
+    pub uri: String,
+    /// The engine, if it serves.
+    pub engine: Option<EngineStatus>,
+}
+
+/// A served volume's engine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EngineStatus {
+    /// Journal members.
+    pub members: usize,
+    /// Journal members when all is well.
+    pub members_wanted: usize,
+    /// Sealed segments.
+    pub segments: usize,
+    /// Of them with missing positions, being filled as nodes return.
+    pub segments_with_holes: usize,
+    /// Segments open or being sealed.
+    pub open_segments: usize,
+    /// Memory of unregistered index entries.
+    pub delta_bytes: usize,
+    /// Guest reads.
+    pub reads: u64,
+    /// Guest bytes read.
+    pub read_bytes: u64,
+    /// Guest writes.
+    pub writes: u64,
+    /// Guest bytes written.
+    pub write_bytes: u64,
+    /// Guest flushes.
+    pub flushes: u64,
+    /// Batches appended.
+    pub batches: u64,
+    /// Journal bytes per member.
+    pub journal_bytes: u64,
+    /// Bytes written by rows, before parity.
+    pub row_bytes: u64,
+    /// Blocks read to merge sub-block writes.
+    pub merge_reads: u64,
+    /// Segments sealed.
+    pub seals: u64,
+    /// Checkpoints registered.
+    pub checkpoints: u64,
+    /// Journal set changes.
+    pub set_changes: u64,
+    /// Segments freed.
+    pub freed_segments: u64,
+}
+
+/// Sums over the process.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct ProcessCounters {
+    /// Guest bytes read since the start.
+    pub guest_read_bytes: u64,
+    /// Guest bytes written since the start.
+    pub guest_write_bytes: u64,
+    /// Bytes read from devices.
+    pub device_read_bytes: u64,
+    /// Reads from devices.
+    pub device_reads: u64,
+    /// Bytes written to devices.
+    pub device_write_bytes: u64,
+    /// Writes to devices.
+    pub device_writes: u64,
+    /// Device flushes.
+    pub device_flushes: u64,
+    /// Wrong bytes found by checksums (and repaired or read elsewhere).
+    pub corrupt_found: u64,
+}
+
+/// Makes a pool.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CreatePool {
+    /// Its name; `None`: one is derived from the scheme.
+    pub name: Option<String>,
+    /// Redundancy.
+    pub scheme: Scheme,
+}
+
+/// Makes a volume.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CreateVolume {
+    /// Its name.
+    pub name: String,
+    /// Bytes; rounded up to 4096.
+    pub size: u64,
+    /// Its pool; `None`: the only or the default one.
+    pub pool: Option<String>,
+    /// `replicated` or `persisted`; `None`: the pool's.
+    pub ack: Option<String>,
+}
+
+/// Changes a volume.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct ChangeVolume {
+    /// A new size in bytes.
+    pub size: Option<u64>,
+    /// Lets a size shrink (data beyond it is discarded).
+    #[serde(default)]
+    pub shrink: bool,
+    /// A new name.
+    pub name: Option<String>,
+}
+
+/// How a volume is deleted.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct DeleteVolume {
+    /// Cut clients off.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// How a node is stopped.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct StopNode {
+    /// As a crash of its process.
+    #[serde(default)]
+    pub crash: bool,
+}
+
+/// An empty answer.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Done {}

@@ -1,0 +1,141 @@
+//! What the cluster tells its user.
+
+use lsm_block::{StoreError, VolumeError};
+use raft_meta::{FormatError, MetaError, NameError};
+use std::io;
+use std::path::PathBuf;
+use xsan_pool::PoolError;
+use xsan_types::{ErrorKind, RegisterError};
+
+/// Why a command was not done. The text says what is wrong; [`ClusterError::next_step`] what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClusterError {
+    /// No such volume.
+    #[error("there is no volume {0:?}")]
+    NoVolume(String),
+    /// No such pool.
+    #[error("there is no pool {0:?}")]
+    NoPool(String),
+    /// No such node.
+    #[error("there is no node {0:?}")]
+    NoNode(String),
+    /// The volume has clients.
+    #[error("volume {name:?} is in use by {clients} client(s)")]
+    InUse {
+        /// Which.
+        name: String,
+        /// How many.
+        clients: usize,
+    },
+    /// The process is shutting down.
+    #[error("the cluster is shutting down")]
+    Closing,
+    /// Another process runs on the directory.
+    #[error("another process runs the cluster in {0}")]
+    Busy(PathBuf),
+    /// The directory holds a cluster of another size.
+    #[error("the cluster in {dir} has {found} nodes, {asked} were asked for")]
+    NodeCount {
+        /// Where.
+        dir: PathBuf,
+        /// There.
+        found: usize,
+        /// Asked for.
+        asked: usize,
+    },
+    /// A request that makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// A node's disk cannot be opened.
+    #[error("node {node}: {reason}")]
+    Node {
+        /// Which.
+        node: String,
+        /// Why.
+        reason: String,
+    },
+    /// A name that is not allowed.
+    #[error(transparent)]
+    Name(#[from] NameError),
+    /// Metadata refused.
+    #[error(transparent)]
+    Meta(#[from] MetaError),
+    /// Stored metadata cannot be opened.
+    #[error("the metadata cannot be opened: {0}")]
+    Format(#[from] FormatError),
+    /// A volume's engine.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    /// A volume's register.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
+    /// The store below a volume.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A pool.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// The operating system.
+    #[error("{what}: {source}")]
+    Io {
+        /// Doing what.
+        what: String,
+        /// Its answer.
+        source: io::Error,
+    },
+}
+
+impl ClusterError {
+    /// Wraps an answer of the operating system.
+    pub fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+
+    /// What the caller can do.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NoVolume(_) | Self::NoPool(_) | Self::NoNode(_) => ErrorKind::NotFound,
+            Self::InUse { .. } | Self::NodeCount { .. } | Self::Invalid(_) | Self::Name(_) => ErrorKind::Invalid,
+            Self::Closing => ErrorKind::Closed,
+            Self::Busy(_) => ErrorKind::Unavailable,
+            Self::Node { .. } => ErrorKind::Unavailable,
+            Self::Meta(error) => error.kind(),
+            Self::Format(error) => error.kind(),
+            Self::Volume(error) => error.kind(),
+            Self::Register(error) => error.kind(),
+            Self::Store(error) => error.kind(),
+            Self::Pool(error) => error.kind(),
+            Self::Io { source, .. } => xsan_env::error::kind(source),
+        }
+    }
+
+    /// What to do about it, for people.
+    #[must_use]
+    pub fn next_step(&self) -> Option<String> {
+        Some(match self {
+            Self::NoVolume(_) => "see `xsan volume list`".into(),
+            Self::NoPool(_) => "see `xsan pool list`".into(),
+            Self::NoNode(_) => "see `xsan node list`".into(),
+            Self::InUse { name, .. } => {
+                format!("disconnect its clients, or cut them off with `xsan volume delete {name} --force`")
+            }
+            Self::Busy(dir) => {
+                format!("stop the other process, or talk to it: `xsan --admin {}`", dir.join("admin.sock").display())
+            }
+            Self::NodeCount { found, .. } => format!("leave `--nodes` out, or pass `--nodes {found}`"),
+            Self::Meta(MetaError::NameTaken) => "choose another name".into(),
+            Self::Meta(MetaError::PoolInUse(_)) => "delete its volumes first: `xsan volume list`".into(),
+            Self::Meta(MetaError::Placement(_)) => {
+                "use a scheme with fewer shards, or add nodes: each shard needs its own failure domain".into()
+            }
+            _ => match self.kind() {
+                ErrorKind::Unavailable => "see `xsan status` for what is down, and try again".into(),
+                ErrorKind::NoSpace => "delete volumes or add space; see `xsan status`".into(),
+                _ => return None,
+            },
+        })
+    }
+}

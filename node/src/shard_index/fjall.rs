@@ -1,0 +1,115 @@
+//! The shard index in fjall, the only file that knows it. Writes go to the operating system's buffers: they survive a crash
+//! of the process; the device log carries what power loss could take.
+
+use super::{IndexError, IndexResult, ShardIndex, key_of, shard_of};
+use crate::format::ShardEntry;
+use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
+use std::path::PathBuf;
+use xsan_env::Env;
+use xsan_types::{ShardId, VolumeId};
+
+/// Several nodes share a process: small caches.
+const CACHE_BYTES: u64 = 4 << 20;
+const MEMTABLE_BYTES: u64 = 4 << 20;
+
+/// A fjall database in its own directory.
+pub struct FjallIndex {
+    database: Database,
+    shards: Keyspace,
+}
+
+fn engine(error: fjall::Error) -> IndexError {
+    IndexError::Engine(Box::new(error))
+}
+
+impl FjallIndex {
+    /// Opens or makes the index in `directory`.
+    ///
+    /// # Errors
+    /// Those of the engine: the directory may be moved away, the node then rebuilds its index from the device.
+    pub async fn open(env: &Env, directory: PathBuf) -> IndexResult<Self> {
+        env.blocking(move || {
+            let database =
+                Database::builder(&directory).cache_size(CACHE_BYTES).worker_threads(1).open().map_err(engine)?;
+            let options = || KeyspaceCreateOptions::default().max_memtable_size(MEMTABLE_BYTES);
+            let shards = database.keyspace("shards", options).map_err(engine)?;
+            Ok(Self { database, shards })
+        })
+        .await
+    }
+
+    fn range(
+        &self,
+        from: std::ops::Bound<Vec<u8>>,
+        volume: Option<VolumeId>,
+        limit: usize,
+    ) -> IndexResult<Vec<(ShardId, ShardEntry)>> {
+        let mut found = Vec::new();
+        for guard in self.shards.range((from, std::ops::Bound::Unbounded)) {
+            if found.len() == limit {
+                break;
+            }
+            let (key, value) = guard.into_inner().map_err(engine)?;
+            let shard = shard_of(&key).ok_or(IndexError::Damaged)?;
+            if volume.is_some_and(|volume| volume != shard.segment.volume) {
+                break;
+            }
+            found.push((shard, postcard::from_bytes(&value).map_err(|_| IndexError::Damaged)?));
+        }
+        Ok(found)
+    }
+}
+
+impl ShardIndex for FjallIndex {
+    fn get(&self, shard: ShardId) -> IndexResult<Option<ShardEntry>> {
+        match self.shards.get(key_of(shard)).map_err(engine)? {
+            Some(value) => postcard::from_bytes(&value).map(Some).map_err(|_| IndexError::Damaged),
+            None => Ok(None),
+        }
+    }
+
+    fn put(&self, shard: ShardId, entry: &ShardEntry) -> IndexResult<()> {
+        let value = postcard::to_allocvec(entry).map_err(|_| IndexError::Damaged)?;
+        self.shards.insert(key_of(shard), value).map_err(engine)
+    }
+
+    fn remove(&self, shards: &[ShardId]) -> IndexResult<()> {
+        for shard in shards {
+            self.shards.remove(key_of(*shard)).map_err(engine)?;
+        }
+        Ok(())
+    }
+
+    fn page(&self, after: Option<ShardId>, limit: usize) -> IndexResult<Vec<(ShardId, ShardEntry)>> {
+        let from = after.map_or(std::ops::Bound::Unbounded, |after| std::ops::Bound::Excluded(key_of(after).to_vec()));
+        self.range(from, None, limit)
+    }
+
+    fn volume_page(
+        &self,
+        volume: VolumeId,
+        after: Option<ShardId>,
+        limit: usize,
+    ) -> IndexResult<Vec<(ShardId, ShardEntry)>> {
+        let from = match after {
+            Some(after) => std::ops::Bound::Excluded(key_of(after).to_vec()),
+            None => std::ops::Bound::Included(volume.0.to_be_bytes().to_vec()),
+        };
+        self.range(from, Some(volume), limit)
+    }
+
+    fn persist(&self) -> IndexResult<()> {
+        self.database.persist(PersistMode::SyncAll).map_err(engine)
+    }
+
+    fn clear(&self) -> IndexResult<()> {
+        loop {
+            let page = self.page(None, 1024)?;
+            if page.is_empty() {
+                return Ok(());
+            }
+            let shards: Vec<ShardId> = page.into_iter().map(|(shard, _)| shard).collect();
+            self.remove(&shards)?;
+        }
+    }
+}

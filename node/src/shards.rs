@@ -1,0 +1,413 @@
+//! Shards and open shards on one device (P6, P7, P9).
+
+use crate::counters::count;
+use crate::device::{Device, Running};
+use crate::finish::Finish;
+use crate::format::{LogRecord, SHARD_HEADER_BYTES, ShardEntry};
+use crate::state::{Growing, OpenShard, map_range};
+use std::sync::Arc;
+use xsan_env::Buf;
+use xsan_types::{Incarnation, SEGMENT_BYTES_MAX, SegmentName, ShardId, VolumeId};
+use xsan_wire::node::{NodeError, NodeResult, PutShard, ShardInfo};
+
+/// Open shards grow by at least this.
+const GROWTH_BYTES: u64 = 1 << 20;
+/// Bytes hashed at once by a verification.
+const VERIFY_BYTES: u64 = 1 << 20;
+const HEADER: u64 = SHARD_HEADER_BYTES as u64;
+
+type Calls<T> = Result<T, NodeError>;
+
+impl Device {
+    pub(crate) fn put_shard(self: &Arc<Self>, request: PutShard) -> NodeResult<()> {
+        count(&self.counters.shard_puts, 1);
+        let device = Arc::clone(self);
+        let running = Running::new(self);
+        Finish::boxed(&self.env, async move {
+            let _running = running;
+            device.check_writable()?;
+            let bytes: u64 = request.data.iter().map(|piece| piece.len() as u64).sum();
+            if bytes == 0 || !bytes.is_multiple_of(4096) || bytes > SEGMENT_BYTES_MAX {
+                return Err(NodeError::Invalid);
+            }
+            let old = device.locate(request.shard).await?;
+            if old.as_ref().is_some_and(|old| old.hash == request.hash && old.bytes == bytes) {
+                return Ok(());
+            }
+            let entry = {
+                let mut inner = device.lock();
+                inner.allocation += 1;
+                let allocation = inner.allocation;
+                let extents = inner.space.take(HEADER + bytes).ok_or(NodeError::NoSpace)?;
+                ShardEntry { bytes, hash: request.hash, extents, allocation }
+            };
+            let placed = device.place_shard(request.shard, &entry, request.data).await;
+            if placed.is_err() {
+                // Never part of the state (a failed device takes nothing more anyway).
+                if !matches!(placed, Err(NodeError::DeviceFailed)) {
+                    device.give_back(&entry.extents);
+                }
+                return placed;
+            }
+            device.enter_shard(request.shard, entry, old.as_deref()).await
+        })
+    }
+
+    /// Header, bytes and log record, all stable.
+    async fn place_shard(self: &Arc<Self>, shard: ShardId, entry: &ShardEntry, data: Vec<Buf>) -> Calls<()> {
+        let mut pieces = Vec::with_capacity(data.len() + 1);
+        pieces.push(self.buffers.copy_of(&entry.header(self.id, shard)));
+        pieces.extend(data);
+        let ranges = map_range(&entry.extents, 0, HEADER + entry.bytes).ok_or(NodeError::Invalid)?;
+        self.start_write(&ranges, pieces).await?;
+        self.commit(vec![LogRecord::ShardPut { shard, entry: entry.clone() }]).await?;
+        self.flush().await
+    }
+
+    /// Readers find the shard from now on; what it replaces is free.
+    async fn enter_shard(self: &Arc<Self>, shard: ShardId, entry: ShardEntry, old: Option<&ShardEntry>) -> Calls<()> {
+        let index = Arc::clone(&self.index);
+        let stored = entry.clone();
+        self.index_call(move || index.put(shard, &stored)).await?;
+        self.remember(shard, Arc::new(entry));
+        match old {
+            Some(old) => self.give_back(&old.extents),
+            None => self.lock().shards += 1,
+        }
+        Ok(())
+    }
+
+    pub(crate) fn read_shard(self: &Arc<Self>, shard: ShardId, offset: u64, length: u32) -> NodeResult<Buf> {
+        count(&self.counters.shard_reads, 1);
+        let device = Arc::clone(self);
+        Box::pin(async move {
+            device.check_alive()?;
+            let open = {
+                let inner = device.lock();
+                inner.state.open_shards.get(&shard).map(|open| open.space.extents.clone())
+            };
+            let ranges = match open {
+                Some(extents) => {
+                    if !offset.is_multiple_of(4096) || !length.is_multiple_of(4096) {
+                        return Err(NodeError::Invalid);
+                    }
+                    map_range(&extents, HEADER + offset, length.into()).ok_or(NodeError::NotFound)?
+                }
+                None => {
+                    let entry = device.locate(shard).await?.ok_or(NodeError::NotFound)?;
+                    Self::shard_ranges(&entry, offset, length.into())?
+                }
+            };
+            device.read_ranges(&ranges).await
+        })
+    }
+
+    pub(crate) fn repair_shard(self: &Arc<Self>, shard: ShardId, offset: u64, data: Buf) -> NodeResult<()> {
+        let device = Arc::clone(self);
+        let running = Running::new(self);
+        Finish::boxed(&self.env, async move {
+            let _running = running;
+            device.check_writable()?;
+            count(&device.counters.corrupt_found, 1);
+            let entry = device.locate(shard).await?.ok_or(NodeError::NotFound)?;
+            let ranges = Self::shard_ranges(&entry, offset, data.len() as u64)?;
+            device.start_write(&ranges, vec![data]).await?;
+            device.flush().await
+        })
+    }
+
+    pub(crate) async fn shard_info(self: &Arc<Self>, shard: ShardId) -> Calls<ShardInfo> {
+        self.check_alive()?;
+        {
+            let inner = self.lock();
+            if let Some(open) = inner.state.open_shards.get(&shard) {
+                let known = open.space.contiguous.max(HEADER) - HEADER;
+                let bytes = if open.incarnation == self.incarnation { known } else { open.space.reserved() - HEADER };
+                return Ok(ShardInfo { shard, bytes, hash: [0; 32], open: true });
+            }
+        }
+        let entry = self.locate(shard).await?.ok_or(NodeError::NotFound)?;
+        Ok(ShardInfo { shard, bytes: entry.bytes, hash: entry.hash, open: false })
+    }
+
+    pub(crate) fn verify_shard(self: &Arc<Self>, shard: ShardId) -> NodeResult<()> {
+        let device = Arc::clone(self);
+        Box::pin(async move {
+            let entry = device.locate(shard).await?.ok_or(NodeError::NotFound)?;
+            let mut hasher = blake3::Hasher::new();
+            let mut offset = 0;
+            while offset < entry.bytes {
+                let bytes = (entry.bytes - offset).min(VERIFY_BYTES);
+                let ranges = Self::shard_ranges(&entry, offset, bytes)?;
+                hasher.update(&device.read_ranges(&ranges).await?);
+                offset += bytes;
+                xsan_env::yield_now().await;
+            }
+            if *hasher.finalize().as_bytes() == entry.hash {
+                return Ok(());
+            }
+            count(&device.counters.corrupt_found, 1);
+            Err(NodeError::Corrupt)
+        })
+    }
+
+    pub(crate) async fn delete_segments(self: Arc<Self>, segments: Vec<SegmentName>) -> Calls<()> {
+        let _running = Running::new(&self);
+        self.check_writable()?;
+        let index = Arc::clone(&self.index);
+        let asked = segments.clone();
+        let found = self
+            .index_call(move || {
+                let mut found = Vec::new();
+                for segment in asked {
+                    found.extend(index.of_segment(segment)?);
+                }
+                Ok(found)
+            })
+            .await?;
+        let open = self
+            .lock()
+            .state
+            .open_shards
+            .iter()
+            .any(|(shard, open)| segments.contains(&shard.segment) && open.in_flight == 0);
+        if found.is_empty() && !open {
+            return Ok(());
+        }
+        // Segments whose rows are still being written are left alone: the owner asks again, or its next generation does.
+        let busy: Vec<SegmentName> = {
+            let inner = self.lock();
+            let busy = inner.state.open_shards.iter().filter(|(_, open)| open.in_flight > 0);
+            busy.map(|(shard, _)| shard.segment).collect()
+        };
+        let segments: Vec<SegmentName> = segments.into_iter().filter(|segment| !busy.contains(segment)).collect();
+        let freed = self.commit(vec![LogRecord::SegmentsFreed { segments }]).await?;
+        self.drop_entries(found).await?;
+        self.give_back(&freed);
+        Ok(())
+    }
+
+    /// Takes entries out of the index and frees their space. The log record stands before the space can be given to
+    /// somebody else: log frames are written in order, and a later flush covers the earlier ones.
+    async fn drop_entries(self: &Arc<Self>, found: Vec<(ShardId, ShardEntry)>) -> Calls<()> {
+        let shards: Vec<ShardId> = found.iter().map(|(shard, _)| *shard).collect();
+        let index = Arc::clone(&self.index);
+        let removed = shards.clone();
+        self.index_call(move || index.remove(&removed)).await?;
+        self.forget(&shards);
+        let mut inner = self.lock();
+        inner.shards = inner.shards.saturating_sub(found.len() as u64);
+        for (_, entry) in &found {
+            inner.space.put_back(&entry.extents);
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn free_volume(self: &Arc<Self>, volume: VolumeId) -> Calls<()> {
+        // One-way: nothing of the volume is taken any more.
+        {
+            let mut inner = self.lock();
+            inner.closed_below.insert(volume, xsan_types::Generation(u64::MAX));
+            for ((of, _), member) in &mut inner.state.members {
+                member.closed |= *of == volume;
+            }
+        }
+        loop {
+            let progress = self.progress.notified();
+            let mut progress = std::pin::pin!(progress);
+            progress.as_mut().enable();
+            let busy = {
+                let inner = self.lock();
+                let mut members = inner.state.members.iter();
+                let mut shards = inner.state.open_shards.iter();
+                members.any(|((of, _), member)| *of == volume && member.in_flight > 0)
+                    || shards.any(|(shard, open)| shard.segment.volume == volume && open.in_flight > 0)
+            };
+            if !busy {
+                break;
+            }
+            progress.await;
+        }
+        let index = Arc::clone(&self.index);
+        let mut page = self.index_call(move || index.volume_page(volume, None, 1024)).await?;
+        let holds = {
+            let inner = self.lock();
+            inner.state.members.keys().any(|(of, _)| *of == volume)
+                || inner.state.open_shards.keys().any(|shard| shard.segment.volume == volume)
+        };
+        if page.is_empty() && !holds {
+            return Ok(());
+        }
+        let freed = self.commit(vec![LogRecord::VolumeFreed { volume }]).await?;
+        self.flush().await?;
+        self.give_back(&freed);
+        while !page.is_empty() {
+            self.drop_entries(page).await?;
+            let index = Arc::clone(&self.index);
+            page = self.index_call(move || index.volume_page(volume, None, 1024)).await?;
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn list_shards(
+        self: Arc<Self>,
+        volume: VolumeId,
+        after: Option<ShardId>,
+        limit: u32,
+    ) -> Calls<Vec<ShardInfo>> {
+        self.check_alive()?;
+        let index = Arc::clone(&self.index);
+        let found = self.index_call(move || index.volume_page(volume, after, limit as usize)).await?;
+        let info = |(shard, entry): (ShardId, ShardEntry)| ShardInfo {
+            shard,
+            bytes: entry.bytes,
+            hash: entry.hash,
+            open: false,
+        };
+        Ok(found.into_iter().map(info).collect())
+    }
+
+    pub(crate) fn append_shard(
+        self: &Arc<Self>,
+        incarnation: Incarnation,
+        shard: ShardId,
+        offset: u64,
+        data: Vec<Buf>,
+    ) -> NodeResult<u64> {
+        count(&self.counters.shard_appends, 1);
+        match self.start_shard_append(incarnation, shard, offset, data) {
+            Ok(append) => append,
+            Err(error) => Box::pin(async move { Err(error) }),
+        }
+    }
+
+    fn start_shard_append(
+        self: &Arc<Self>,
+        incarnation: Incarnation,
+        shard: ShardId,
+        offset: u64,
+        data: Vec<Buf>,
+    ) -> Calls<NodeResult<u64>> {
+        self.check_writable()?;
+        if incarnation != self.incarnation {
+            return Err(NodeError::NotLive { current: self.incarnation });
+        }
+        let bytes: u64 = data.iter().map(|piece| piece.len() as u64).sum();
+        let end = offset.checked_add(bytes).filter(|&end| end <= SEGMENT_BYTES_MAX).ok_or(NodeError::Invalid)?;
+        if bytes == 0 || !offset.is_multiple_of(4096) || !bytes.is_multiple_of(4096) {
+            return Err(NodeError::Invalid);
+        }
+        let (ranges, grown) = {
+            let mut inner = self.lock();
+            let below = inner.closed_below.get(&shard.segment.volume);
+            if below.is_some_and(|&below| shard.segment.generation < below) {
+                return Err(NodeError::Closed);
+            }
+            let reserved = match inner.state.open_shards.get(&shard) {
+                Some(open) if open.incarnation != self.incarnation => {
+                    return Err(NodeError::NotLive { current: self.incarnation });
+                }
+                Some(open) => open.space.reserved(),
+                None => 0,
+            };
+            // Appends come in order of rows and may overlap in time.
+            if HEADER + offset > reserved && !(reserved == 0 && offset == 0) {
+                return Err(NodeError::Invalid);
+            }
+            let grown = if HEADER + end > reserved {
+                Self::take_journal_space(&mut inner, (HEADER + end - reserved).max(GROWTH_BYTES))?
+            } else {
+                Vec::new()
+            };
+            let fresh = OpenShard {
+                boot: self.boot,
+                incarnation,
+                // The header's place counts as written: it will be, when the shard is finished.
+                space: Growing::from(HEADER),
+                in_flight: 0,
+            };
+            let open = inner.state.open_shards.entry(shard).or_insert(fresh);
+            open.space.grow(grown.clone());
+            open.in_flight += 1;
+            let ranges = map_range(&open.space.extents, HEADER + offset, bytes);
+            (ranges.ok_or(NodeError::Invalid)?, grown)
+        };
+        let write = self.start_write(&ranges, data);
+        let device = Arc::clone(self);
+        let running = Running::new(self);
+        Ok(Finish::boxed(&self.env, async move {
+            let _running = running;
+            let logged = async {
+                if grown.is_empty() {
+                    return Ok(());
+                }
+                let record = LogRecord::OpenShardGrew { shard, boot: device.boot, incarnation, extents: grown };
+                device.commit(vec![record]).await.map(|_| ())
+            };
+            let (written, logged) = futures::join!(write, logged);
+            let mut inner = device.lock();
+            let outcome = match inner.state.open_shards.get_mut(&shard) {
+                None => Err(NodeError::NotFound),
+                Some(open) => {
+                    open.in_flight -= 1;
+                    match (written, logged) {
+                        (Ok(()), Ok(())) => {
+                            open.space.complete(HEADER + offset, HEADER + end);
+                            Ok(open.space.contiguous - HEADER)
+                        }
+                        (Err(error), _) | (_, Err(error)) => Err(error),
+                    }
+                }
+            };
+            drop(inner);
+            device.progress.notify_waiters();
+            outcome
+        }))
+    }
+
+    pub(crate) fn finish_shard(
+        self: &Arc<Self>,
+        incarnation: Incarnation,
+        shard: ShardId,
+        bytes: u64,
+        hash: [u8; 32],
+    ) -> NodeResult<()> {
+        let device = Arc::clone(self);
+        let running = Running::new(self);
+        Finish::boxed(&self.env, async move {
+            let _running = running;
+            device.check_writable()?;
+            let extents = {
+                let inner = device.lock();
+                inner.state.open_shards.get(&shard).map(|open| (open.space.clone(), open.incarnation))
+            };
+            let Some((space, made_by)) = extents else {
+                // Finished already?
+                return match device.locate(shard).await? {
+                    Some(entry) if entry.hash == hash && entry.bytes == bytes => Ok(()),
+                    Some(_) => Err(NodeError::Invalid),
+                    None => Err(NodeError::NotFound),
+                };
+            };
+            if incarnation != device.incarnation || made_by != incarnation {
+                return Err(NodeError::NotLive { current: device.incarnation });
+            }
+            if space.contiguous != HEADER + bytes {
+                return Err(NodeError::Invalid);
+            }
+            let allocation = {
+                let mut inner = device.lock();
+                inner.allocation += 1;
+                inner.allocation
+            };
+            let entry = ShardEntry { bytes, hash, extents: space.extents, allocation };
+            let header = device.buffers.copy_of(&entry.header(device.id, shard));
+            let ranges = map_range(&entry.extents, 0, HEADER).ok_or(NodeError::Invalid)?;
+            device.start_write(&ranges, vec![header]).await?;
+            // The record takes the extents over from the open shard.
+            device.commit(vec![LogRecord::ShardPut { shard, entry: entry.clone() }]).await?;
+            device.flush().await?;
+            device.enter_shard(shard, entry, None).await
+        })
+    }
+}
