@@ -126,7 +126,7 @@ proptest! {
         bytes in any::<u64>(),
         shard in any::<u8>(),
     ) {
-        for unit in [unit, unit & !4095, u32::MAX & !4095] {
+        for unit in [unit, unit & !4095, u32::MAX - 4095] {
             if let Ok(stripe) = Stripe::with_unit(scheme, unit, length) {
                 prop_assert!(stripe.padded_bytes() >= length);
                 let _ = (stripe.map(offset, bytes), stripe.row_of(offset), stripe.row(offset));
