@@ -95,7 +95,9 @@ impl FakeNode {
 }
 
 fn joined(pieces: &[Buf]) -> Vec<u8> {
-    pieces.iter().flat_map(|piece| piece.iter().copied()).collect()
+    let mut bytes = Vec::with_capacity(pieces.iter().map(|piece| piece.len()).sum());
+    pieces.iter().for_each(|piece| bytes.extend_from_slice(piece));
+    bytes
 }
 
 impl State {
