@@ -20,7 +20,8 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
-/// Send buffer asked for on unix sockets (the kernel caps it at `net.core.wmem_max`): a whole large reply fits.
+/// Send buffer asked for on unix sockets (the kernel caps it at `net.core.wmem_max`): a whole large reply fits. Measured
+/// against the default of 208 KiB: 78 instead of 95 us of CPU per 256 KiB reply, 270 instead of 340 us per 1 MiB reply.
 const UNIX_SEND_BYTES: libc::c_int = 4 << 20;
 
 /// A connected byte stream.

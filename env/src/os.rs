@@ -162,6 +162,10 @@ impl Runtime for OsRuntime {
 
 /// A tokio runtime for a daemon or benchmark.
 ///
+/// tokio's intervals (look at the network every 61 tasks, at the global queue as measured by itself) stay: half and twice of
+/// each made no difference beyond the noise at 32 disk requests in flight. One worker costs least per request (6 us of
+/// CPU against 9 with two at that depth: no thread is woken for another's task); take more for more cores' worth of work.
+///
 /// # Errors
 /// When threads or the reactor cannot be created.
 pub fn build_runtime(workers: usize) -> io::Result<tokio::runtime::Runtime> {

@@ -47,9 +47,9 @@ async fn subjects() -> Vec<Subject> {
 fn pattern(pool: &BufPool, seed: u64, bytes: usize) -> Buf {
     let mut buf = pool.get(bytes);
     let mut word = seed;
-    for chunk in buf.chunks_exact_mut(8) {
+    for chunk in buf.as_chunks_mut::<8>().0 {
         word = mix(word);
-        chunk.copy_from_slice(&word.to_le_bytes());
+        *chunk = word.to_le_bytes();
     }
     buf.freeze()
 }
