@@ -9,7 +9,7 @@ use raft_meta::{
     SingleReplica, inspect,
 };
 use std::sync::Arc;
-use xsan_env::file::{FaultAt, MemoryDirectory};
+use xsan_env::file::{FaultAt, MemoryDirectory, OsDirectory};
 use xsan_env::os::OsRuntime;
 use xsan_env::{Directory, Env};
 use xsan_types::{ChangeToken, ErrorKind, Generation, RegisterChange, RegisterError, VolumeId};
@@ -353,4 +353,21 @@ async fn registers_are_served_in_the_words_of_an_owner() {
     let replica = open(&directory, Options::default()).await.unwrap();
     let again = replica.propose(change(0, 0, 5, RegisterChange::Take)).await.unwrap();
     assert_eq!(register_of(again).version, 1);
+}
+
+#[tokio::test]
+async fn a_life_on_real_files_is_there_after_a_restart() {
+    let path = std::env::temp_dir().join(format!("xsan-meta-{}", std::process::id()));
+    let directory: Arc<dyn Directory> = Arc::new(OsDirectory::open(&env(), &path).await.unwrap());
+    let replica = SingleReplica::open_or_create(&env(), Arc::clone(&directory), SMALL_LOG, genesis).await.unwrap();
+    let (told, unknown) = live(&replica).await;
+    assert_eq!(unknown, None);
+    replica.close().await;
+    for _ in 0..2 {
+        let reopened = SingleReplica::open(&env(), Arc::clone(&directory), SMALL_LOG).await.unwrap();
+        assert_eq!(*reopened.view(), told);
+        reopened.close().await;
+    }
+    assert_eq!(directory.list().await.unwrap(), [LOG_FILE, SNAPSHOT_FILE]);
+    std::fs::remove_dir_all(&path).unwrap();
 }
