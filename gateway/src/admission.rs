@@ -85,9 +85,16 @@ pub struct Account {
 }
 
 impl Account {
-    /// Ready when the account holds at least `used + need` bytes (or the whole budget, for a request larger than that).
+    /// Ready when the account holds at least `used + need` bytes. A request larger than the whole budget is let in alone.
+    ///
+    /// `Pending` wakes the task when bytes are granted; if the account's own `used` bytes stand in the way, that they
+    /// come back is the caller's to see.
     pub fn poll_charge(&mut self, context: &mut Context<'_>, used: u64, need: u64) -> Poll<()> {
-        let wanted = used.saturating_add(need).min(self.admission.total);
+        let total = self.admission.total;
+        let wanted = if used == 0 { need.min(total) } else { used.saturating_add(need) };
+        if wanted > total {
+            return Poll::Pending;
+        }
         if self.held >= wanted {
             return Poll::Ready(());
         }
@@ -198,6 +205,16 @@ mod tests {
         assert!(charge(&mut small, 0, 10 << 10));
         drop((holder, small));
         assert_eq!(admission.used(), 0);
+    }
+
+    #[test]
+    fn an_account_that_has_the_whole_budget_gets_no_more() {
+        let admission = Admission::new(1 << 20);
+        let mut account = admission.account();
+        assert!(charge(&mut account, 0, 1 << 20));
+        assert!(!charge(&mut account, 1 << 20, 1));
+        assert!(!admission.is_contended(), "it waits for itself only");
+        assert!(charge(&mut account, 1 << 19, 1 << 19));
     }
 
     #[test]

@@ -101,10 +101,12 @@ impl Session {
         self.encrypted.store(true, Ordering::Relaxed);
     }
 
-    pub(crate) fn count(&self, requests: u64, read_bytes: u64, written_bytes: u64) {
-        self.requests.fetch_add(requests, Ordering::Relaxed);
-        self.read_bytes.fetch_add(read_bytes, Ordering::Relaxed);
-        self.written_bytes.fetch_add(written_bytes, Ordering::Relaxed);
+    pub(crate) fn count(&self, more: ClientStats) {
+        if more.requests > 0 {
+            self.requests.fetch_add(more.requests, Ordering::Relaxed);
+            self.read_bytes.fetch_add(more.read_bytes, Ordering::Relaxed);
+            self.written_bytes.fetch_add(more.written_bytes, Ordering::Relaxed);
+        }
     }
 
     fn stats(&self) -> ClientStats {
@@ -328,7 +330,6 @@ impl Drop for Guard {
 mod tests {
     use super::*;
     use futures::FutureExt;
-    use futures::executor::block_on;
 
     fn peer() -> Peer {
         Peer { transport: Transport::Unix, address: "test".into() }
@@ -338,62 +339,62 @@ mod tests {
         sessions.admit(peer(), Moment(0)).expect("room")
     }
 
-    #[test]
-    fn a_newcomer_waits_for_the_old_connection_to_leave() {
+    #[tokio::test]
+    async fn a_newcomer_waits_for_the_old_connection_to_leave() {
         let sessions = Sessions::new(8);
         let old = admit(&sessions);
-        block_on(old.enter("vm1", false)).expect("alone");
+        old.enter("vm1", false).await.expect("alone");
         let other = admit(&sessions);
-        block_on(other.enter("vm2", false)).expect("another export");
+        other.enter("vm2", false).await.expect("another export");
         let new = admit(&sessions);
         let mut enter = Box::pin(new.enter("vm1", false));
         assert!(enter.as_mut().now_or_never().is_none());
         assert_eq!((old.session.order_now(), other.session.order_now()), (Order::Cut, Order::Run));
         drop(old);
-        block_on(enter).expect("free now");
+        enter.await.expect("free now");
         assert_eq!(sessions.clients("vm1").len(), 1);
         assert_eq!(sessions.count(), 2);
     }
 
-    #[test]
-    fn multi_conn_shares_only_with_multi_conn() {
+    #[tokio::test]
+    async fn multi_conn_shares_only_with_multi_conn() {
         let sessions = Sessions::new(8);
         let (first, second, third) = (admit(&sessions), admit(&sessions), admit(&sessions));
-        block_on(first.enter("vm1", true)).expect("alone");
-        block_on(second.enter("vm1", true)).expect("shared");
+        first.enter("vm1", true).await.expect("alone");
+        second.enter("vm1", true).await.expect("shared");
         assert_eq!(first.session.order_now(), Order::Run);
         let mut enter = Box::pin(third.enter("vm1", false));
         assert!(enter.as_mut().now_or_never().is_none());
         assert_eq!((first.session.order_now(), second.session.order_now()), (Order::Cut, Order::Cut));
         drop((first, second));
-        block_on(enter).expect("free now");
+        enter.await.expect("free now");
     }
 
-    #[test]
-    fn of_two_that_wait_the_newer_one_wins() {
+    #[tokio::test]
+    async fn of_two_that_wait_the_newer_one_wins() {
         let sessions = Sessions::new(8);
         let (old, first, second) = (admit(&sessions), admit(&sessions), admit(&sessions));
-        block_on(old.enter("vm1", false)).expect("alone");
+        old.enter("vm1", false).await.expect("alone");
         let mut one = Box::pin(first.enter("vm1", false));
         assert!(one.as_mut().now_or_never().is_none());
         let mut two = Box::pin(second.enter("vm1", false));
         assert!(two.as_mut().now_or_never().is_none());
-        assert_eq!(block_on(one), Err(Turned::Replaced));
+        assert_eq!(one.await, Err(Turned::Replaced));
         drop(first);
         assert!(two.as_mut().now_or_never().is_none(), "the oldest is still there");
         drop(old);
-        assert_eq!(block_on(two), Ok(()));
+        assert_eq!(two.await, Ok(()));
     }
 
-    #[test]
-    fn too_many_or_late_connections_are_turned_away() {
+    #[tokio::test]
+    async fn too_many_or_late_connections_are_turned_away() {
         let sessions = Sessions::new(1);
         let only = admit(&sessions);
         assert_eq!(sessions.admit(peer(), Moment(0)).err(), Some(Turned::Full));
         sessions.order_all(Order::Drain);
-        assert_eq!(block_on(only.enter("vm1", false)), Err(Turned::Stopping));
+        assert_eq!(only.enter("vm1", false).await, Err(Turned::Stopping));
         drop(only);
-        block_on(sessions.emptied());
+        sessions.emptied().await;
         assert_eq!(sessions.admit(peer(), Moment(0)).err(), Some(Turned::Stopping));
     }
 }

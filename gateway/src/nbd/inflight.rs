@@ -128,12 +128,11 @@ impl<M, F: Future + Unpin> InFlight<M, F> {
 mod tests {
     use super::*;
     use futures::channel::oneshot;
-    use futures::executor::block_on;
     use std::future::poll_fn;
     use xsan_env::runtime::BoxFuture;
 
-    #[test]
-    fn futures_finish_in_the_order_of_their_wake_ups_and_slots_are_used_again() {
+    #[tokio::test]
+    async fn futures_finish_in_the_order_of_their_wake_ups_and_slots_are_used_again() {
         let mut set: InFlight<u32, BoxFuture<u32>> = InFlight::default();
         for round in 0..3 {
             let (senders, receivers): (Vec<_>, Vec<_>) = (0..8).map(|_| oneshot::channel::<u32>()).unzip();
@@ -147,22 +146,23 @@ mod tests {
                 sender.send(100 + u32::try_from(value).expect("small")).expect("waiting");
             }
             for expected in (0..8).rev() {
-                let got = block_on(poll_fn(|context| set.poll_next(context)));
+                let got = poll_fn(|context| set.poll_next(context)).await;
                 assert_eq!(got, (expected, 100 + expected));
             }
             assert!(set.is_empty());
         }
     }
 
-    #[test]
-    fn a_ready_future_never_joins_and_a_wake_up_from_another_thread_arrives() {
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_ready_future_never_joins_and_a_wake_up_from_another_thread_arrives() {
         let mut set: InFlight<(), BoxFuture<u32>> = InFlight::default();
         assert_eq!(set.start((), Box::pin(async { 4 })), Some(((), 4)));
         assert!(set.is_empty());
         let (sender, receiver) = oneshot::channel();
         assert!(set.start((), Box::pin(async { receiver.await.unwrap_or(0) })).is_none());
-        let thread = std::thread::spawn(move || sender.send(5));
-        assert_eq!(block_on(poll_fn(|context| set.poll_next(context))), ((), 5));
-        thread.join().expect("no panic").expect("received");
+        let env = xsan_env::OsRuntime::current();
+        let work = env.spawn("elsewhere", async move { sender.send(5).expect("received") });
+        assert_eq!(poll_fn(|context| set.poll_next(context)).await, ((), 5));
+        work.join().await;
     }
 }

@@ -390,11 +390,14 @@ impl UnverifiedRequest {
     }
 
     /// Bytes of payload that follow the header, by the rules of `style`.
+    ///
+    /// A write always has one. With extended headers its flag must say so, but QEMU (10.0 at least) sends writes without
+    /// the flag and with the payload; a write without payload means nothing, so nothing is lost by taking it.
     #[must_use]
     pub fn payload_bytes(&self, style: Style) -> u64 {
         let carries = match style {
             Style::Simple | Style::Structured => self.command == command::WRITE,
-            Style::Extended => self.has(command_flag::PAYLOAD_LEN),
+            Style::Extended => self.command == command::WRITE || self.has(command_flag::PAYLOAD_LEN),
         };
         if carries { self.length } else { 0 }
     }

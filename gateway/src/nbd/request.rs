@@ -168,9 +168,6 @@ fn check_flags(request: &UnverifiedRequest, rules: &Rules) -> Result<(), Refusal
     if request.flags & !(known | FUA) != 0 {
         return Err(refuse(Errno::Inval, "flag not known for this command"));
     }
-    if extended && request.command == command::WRITE && !request.has(PAYLOAD_LEN) {
-        return Err(refuse(Errno::Inval, "a write with extended headers needs PAYLOAD_LEN"));
-    }
     Ok(())
 }
 

@@ -13,7 +13,7 @@ use super::request::{Command, Input, PayloadPlan, Refusal, Rules, payload_plan, 
 use crate::admission::Account;
 use crate::export::{Export, ExportError, ReadPiece, StatusExtent};
 use crate::server::{Limits, Shared};
-use crate::sessions::{Order, Session};
+use crate::sessions::{ClientStats, Order, Session};
 use std::future::Future;
 use std::io::IoSlice;
 use std::pin::Pin;
@@ -114,9 +114,13 @@ pub(crate) struct Transmission<'a, S> {
     /// The client said goodbye or its side of the stream ended: answer what is there, then close.
     closing: bool,
     draining: bool,
-    /// Counts bytes moved either way, to see a peer that is stuck.
+    /// Counts transfers either way, to see a peer that is stuck.
     moved: u64,
     stall: Option<(u64, BoxFuture<'static, ()>)>,
+    /// Requests taken off the stream.
+    begun: u64,
+    /// Not yet added to the session's counters.
+    uncounted: ClientStats,
 }
 
 impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<'a, S> {
@@ -145,6 +149,8 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<'a, S> {
             draining: false,
             moved: 0,
             stall: None,
+            begun: 0,
+            uncounted: ClientStats::default(),
         }
     }
 
@@ -158,6 +164,8 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<'a, S> {
                 Order::Cut | Order::Kill => return Poll::Ready(End::Cut),
             }
             let mut progress = self.collect(context);
+            // Before anybody can have read the replies.
+            self.session.count(std::mem::take(&mut self.uncounted));
             match self.send(context) {
                 Ok(sent) => progress |= sent,
                 Err(end) => return Poll::Ready(end),
@@ -228,17 +236,17 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<'a, S> {
         Ok(progress)
     }
 
-    /// Starts the requests that are there, reads the socket once, starts what came. `true`: something came.
+    /// Starts the requests that are there, reads the socket once, starts what came. `true`: there was any.
     fn receive(&mut self, context: &mut Context<'_>) -> Result<bool, End> {
-        if let Stop::Full = self.take_requests(context)? {
-            return Ok(false);
-        }
-        if self.closing {
-            return Ok(true);
+        let begun = self.begun;
+        let stop = self.take_requests(context)?;
+        let progress = self.begun != begun || self.closing;
+        if self.closing || matches!(stop, Stop::Full) {
+            return Ok(progress);
         }
         let mut room = ReadBuf::new(self.input.room());
         match Pin::new(&mut *self.io).poll_read(context, &mut room) {
-            Poll::Pending => return Ok(false),
+            Poll::Pending => return Ok(progress),
             Poll::Ready(Err(_)) => return Err(End::Lost),
             Poll::Ready(Ok(())) => {}
         }
@@ -295,6 +303,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<'a, S> {
         if !self.input.begin(plan) {
             return Ok(Some(Stop::Hungry));
         }
+        self.begun += 1;
         match verdict {
             Ok(command) => {
                 self.charged += charge;
@@ -335,7 +344,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<'a, S> {
             // A read of nothing is answered in the style of reads, but no export needs to know such a thing.
             Command::Read { length: 0, .. } => {
                 reply::read(&mut self.output, self.rules.style, echo, 0, true, Vec::new());
-                self.session.count(1, 0, 0);
+                self.uncounted.requests += 1;
                 return;
             }
             Command::Read { offset, length, .. } => Work::Read(export.read(offset, length)),
@@ -354,7 +363,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<'a, S> {
             Command::Nothing | Command::StatusChoice { .. } | Command::Disconnect => {
                 self.charged -= charge;
                 reply::done(&mut self.output, self.rules.style, echo);
-                self.session.count(1, 0, 0);
+                self.uncounted.requests += 1;
                 return;
             }
         };
@@ -371,7 +380,8 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<'a, S> {
             (Outcome::Read(Ok(pieces)), Command::Read { length, fragment, .. }) => {
                 if reply::pieces_fit(&pieces, length) {
                     reply::read(output, style, echo, length, fragment, pieces);
-                    self.session.count(1, u64::from(length), 0);
+                    self.uncounted.requests += 1;
+                    self.uncounted.read_bytes += u64::from(length);
                     return;
                 }
                 tracing::error!(offset = echo.offset, length, "export answered a read with other bytes than asked");
@@ -379,7 +389,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<'a, S> {
             }
             (Outcome::Status(Ok(extents)), Command::Status { length, one, .. }) => {
                 if reply::status(output, style, echo, length, one, &extents) {
-                    self.session.count(1, 0, 0);
+                    self.uncounted.requests += 1;
                     return;
                 }
                 tracing::error!(offset = echo.offset, length, "export answered a status request with nothing");
@@ -392,8 +402,10 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<'a, S> {
         match result {
             Ok(()) => {
                 reply::done(output, style, echo);
-                let written = if let Command::Write { length, .. } = command { u64::from(length) } else { 0 };
-                self.session.count(1, 0, written);
+                self.uncounted.requests += 1;
+                if let Command::Write { length, .. } = command {
+                    self.uncounted.written_bytes += u64::from(length);
+                }
             }
             Err(error) => self.refuse(echo, Refusal { errno: error.into(), reason: reason(error) }),
         }
@@ -402,7 +414,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<'a, S> {
     fn refuse(&mut self, echo: Echo, refusal: Refusal) {
         tracing::debug!(offset = echo.offset, errno = refusal.errno as u32, reason = refusal.reason, "request refused");
         reply::error(&mut self.output, self.rules.style, echo, refusal);
-        self.session.count(1, 0, 0);
+        self.uncounted.requests += 1;
     }
 
     /// Gives up a peer that neither reads its replies nor sends the rest of a payload while others wait for the bytes
