@@ -2,8 +2,8 @@
 //!
 //! Pure: functions of a [`Topology`], a [`Shape`] and, when there is one, the previous [`PgTable`]. No I/O, no clock, no
 //! randomness; the same inputs give the same table on every machine (only integer and IEEE basic operations decide), in
-//! whatever order the devices are listed. Reading order: [`topology`], [`table`], [`hash`], [`assign`], [`diff`],
-//! [`check`].
+//! whatever order the devices are listed. Reading order: [`topology`], [`table`], `hash`, [`mod@assign`], [`mod@diff`],
+//! [`mod@check`].
 //!
 //! The rule (design.md section 6): weighted highest-random-weight hashing over failure domains, then over the devices of
 //! a domain, with bounded load. Positions are pinned: a shard's index is part of its bytes, so an ordered list that

@@ -4,7 +4,7 @@
 //! [`MetaState::apply`] is a deterministic function of state and [`Command`], without clock, randomness or I/O. Around it
 //! stands [`Consensus`], which orders commands and makes them durable: today [`SingleReplica`] (one log, one process),
 //! later Raft behind the same trait. Reading order: [`state`], [`command`], [`apply`], [`register`], [`consensus`],
-//! [`single`], [`format`], [`inspect`].
+//! [`single`], [`mod@format`], [`inspect`].
 //!
 //! Bytes: docs/format/meta.md.
 #![forbid(unsafe_code)]
