@@ -118,6 +118,15 @@ impl Device {
             let (_, change) = state.apply(record);
             changes.extend(change);
         }
+        let used_before = superblock.log_epoch > 1 || !replay.records.is_empty();
+        if used_before && index.is_new() {
+            tracing::warn!(device = %superblock.device, "the shard index is missing: scanning the device for shards");
+            let used: Vec<Extent> = state.extents().collect();
+            let found = crate::rebuild::scan(&disk, &buffers, &superblock, &used).await.map_err(unknown)?;
+            tracing::warn!(device = %superblock.device, shards = found.len(), "shard index rebuilt");
+            // The log's changes come after what the headers say.
+            changes.splice(0..0, found.into_iter().map(|(shard, entry)| IndexChange::Put(shard, entry)));
+        }
         let (space, shards, allocation) = {
             let index = Arc::clone(&index);
             let used: Vec<Extent> = state.extents().collect();

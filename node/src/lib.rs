@@ -14,6 +14,7 @@ pub mod format;
 mod journal;
 mod log;
 pub mod node;
+mod rebuild;
 pub mod shard_index;
 mod shards;
 pub mod state;

@@ -414,13 +414,26 @@ impl DevCluster {
     async fn open_node(&self, name: &str, dir: &Path, id: NodeId) -> Result<(Arc<Node>, DeviceStatus), ClusterError> {
         let failed = |reason: String| ClusterError::Node { node: name.to_owned(), reason };
         let disk = self.open_disk(dir, None).await?;
-        let index = FjallIndex::open(&self.env, dir.join("index")).await.map_err(|error| failed(error.to_string()))?;
+        let index = self.open_index(name, &dir.join("index")).await.map_err(failed)?;
         let config = NodeConfig::new(self.view().cluster, id, self.buffers.clone());
         let devices = vec![DeviceHandle { disk, index: Box::new(index) }];
         let node = Node::open(&self.env, config, devices).await.map_err(|error| failed(error.to_string()))?;
         let status = node.devices().await.map_err(|error| failed(error.to_string()))?;
         let status = status.into_iter().next().ok_or_else(|| failed("it has no device".into()))?;
         Ok((node, status))
+    }
+
+    /// The shard index is a view of the device: a damaged one is set aside and filled again.
+    async fn open_index(&self, node: &str, dir: &Path) -> Result<FjallIndex, String> {
+        let error = match FjallIndex::open(&self.env, dir.to_owned()).await {
+            Ok(index) => return Ok(index),
+            Err(error) => error,
+        };
+        let aside = dir.with_extension(format!("damaged-{}", self.env.wall_millis()));
+        tracing::warn!(node, %error, aside = %aside.display(), "the shard index is damaged: it is set aside and rebuilt");
+        let (from, to) = (dir.to_owned(), aside);
+        self.env.blocking(move || std::fs::rename(from, to)).await.map_err(|error| error.to_string())?;
+        FjallIndex::open(&self.env, dir.to_owned()).await.map_err(|error| error.to_string())
     }
 
     async fn open_pools(&self) -> Result<(), ClusterError> {

@@ -5,12 +5,27 @@ use crate::admin::api::{ClusterStatus, NodeStatus, PoolStatus, VolumeInfo};
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use serde::Serialize;
+use std::io::Write;
 use xsan_types::format_bytes;
+
+/// A line on stdout. A reader that has gone away (`xsan status | head`) is no error.
+macro_rules! line {
+    () => { super::output::put("") };
+    ($($part:tt)*) => { super::output::put(&format!($($part)*)) };
+}
+pub(super) use line;
+
+/// Writes one line.
+pub(super) fn put(text: &str) {
+    if writeln!(std::io::stdout().lock(), "{text}").is_err() {
+        std::process::exit(0);
+    }
+}
 
 /// One JSON document on stdout.
 pub(super) fn json(value: &impl Serialize) {
     match serde_json::to_string_pretty(value) {
-        Ok(text) => println!("{text}"),
+        Ok(text) => line!("{text}"),
         Err(error) => eprintln!("xsan: cannot print: {error}"),
     }
 }
@@ -19,7 +34,7 @@ pub(super) fn json(value: &impl Serialize) {
 pub(super) fn done(output: Output, value: &impl Serialize, sentence: &str) {
     match output {
         Output::Json => json(value),
-        Output::Text => println!("{sentence}"),
+        Output::Text => line!("{sentence}"),
     }
 }
 
@@ -34,27 +49,27 @@ fn table(header: &[&str], numbers: &[usize], rows: Vec<Vec<String>>) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    println!("{table}");
+    line!("{table}");
 }
 
 pub(super) fn status(status: &ClusterStatus) {
-    println!("cluster {}  {}", &status.cluster[..8.min(status.cluster.len())], status.health.to_uppercase());
+    line!("cluster {}  {}", &status.cluster[..8.min(status.cluster.len())], status.health.to_uppercase());
     for reason in &status.reasons {
-        println!("  - {reason}");
+        line!("  - {reason}");
     }
     if status.single_host {
-        println!("  one host: nodes are failure domains here, the host itself is not protected against");
+        line!("  one host: nodes are failure domains here, the host itself is not protected against");
     }
-    println!();
+    line!();
     nodes(&status.nodes);
     pools(&status.pools);
     if status.volumes.is_empty() {
-        println!("no volumes yet: xsan volume create vm1 --size 100GiB");
+        line!("no volumes yet: xsan volume create vm1 --size 100GiB");
     } else {
         volumes(&status.volumes);
     }
     for address in &status.nbd {
-        println!("NBD: {address}");
+        line!("NBD: {address}");
     }
 }
 
@@ -104,24 +119,26 @@ pub(super) fn volumes(volumes: &[VolumeInfo]) {
 }
 
 pub(super) fn volume(volume: &VolumeInfo) {
-    println!("volume      {} (id {})", volume.name, volume.id);
-    println!("size        {} ({} bytes)", format_bytes(volume.size), volume.size);
-    println!("pool        {}", volume.pool);
-    println!("ack         {}", volume.ack);
-    println!("state       {}", volume.state);
+    line!("volume      {} (id {})", volume.name, volume.id);
+    line!("size        {} ({} bytes)", format_bytes(volume.size), volume.size);
+    line!("pool        {}", volume.pool);
+    line!("ack         {}", volume.ack);
+    line!("state       {}", volume.state);
     if let Some(reason) = &volume.reason {
-        println!("waits for   {reason}");
+        line!("waits for   {reason}");
     }
-    println!("clients     {}", volume.clients);
-    println!("generation  {}", volume.generation);
-    println!("uri         {}", volume.uri);
+    line!("clients     {}", volume.clients);
+    line!("generation  {}", volume.generation);
+    line!("uri         {}", volume.uri);
     let Some(engine) = &volume.engine else { return };
-    println!("journal     {} of {} members", engine.members, engine.members_wanted);
-    println!(
+    line!("journal     {} of {} members", engine.members, engine.members_wanted);
+    line!(
         "segments    {} sealed ({} with missing positions), {} open",
-        engine.segments, engine.segments_with_holes, engine.open_segments
+        engine.segments,
+        engine.segments_with_holes,
+        engine.open_segments
     );
-    println!("written     {} in {} writes", format_bytes(engine.write_bytes), engine.writes);
-    println!("read        {} in {} reads", format_bytes(engine.read_bytes), engine.reads);
-    println!("checkpoints {}", engine.checkpoints);
+    line!("written     {} in {} writes", format_bytes(engine.write_bytes), engine.writes);
+    line!("read        {} in {} reads", format_bytes(engine.read_bytes), engine.reads);
+    line!("checkpoints {}", engine.checkpoints);
 }

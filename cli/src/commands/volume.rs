@@ -75,7 +75,7 @@ pub(super) async fn run(client: &Client, command: VolumeCommand, output: Output)
             let volume = find(client, &name).await?;
             match output {
                 Output::Json => output::json(&volume),
-                Output::Text => println!("volume {name} created: {}", volume.uri),
+                Output::Text => output::line!("volume {name} created: {}", volume.uri),
             }
         }
         VolumeCommand::List => {

@@ -16,6 +16,7 @@ const MEMTABLE_BYTES: u64 = 4 << 20;
 pub struct FjallIndex {
     database: Database,
     shards: Keyspace,
+    new: bool,
 }
 
 fn engine(error: fjall::Error) -> IndexError {
@@ -26,14 +27,15 @@ impl FjallIndex {
     /// Opens or makes the index in `directory`.
     ///
     /// # Errors
-    /// Those of the engine: the directory may be moved away, the node then rebuilds its index from the device.
+    /// Those of the engine: move the directory away, and the node fills a new index from the device.
     pub async fn open(env: &Env, directory: PathBuf) -> IndexResult<Self> {
         env.blocking(move || {
+            let new = !directory.exists();
             let database =
                 Database::builder(&directory).cache_size(CACHE_BYTES).worker_threads(1).open().map_err(engine)?;
             let options = || KeyspaceCreateOptions::default().max_memtable_size(MEMTABLE_BYTES);
             let shards = database.keyspace("shards", options).map_err(engine)?;
-            Ok(Self { database, shards })
+            Ok(Self { database, shards, new })
         })
         .await
     }
@@ -102,14 +104,7 @@ impl ShardIndex for FjallIndex {
         self.database.persist(PersistMode::SyncAll).map_err(engine)
     }
 
-    fn clear(&self) -> IndexResult<()> {
-        loop {
-            let page = self.page(None, 1024)?;
-            if page.is_empty() {
-                return Ok(());
-            }
-            let shards: Vec<ShardId> = page.into_iter().map(|(shard, _)| shard).collect();
-            self.remove(&shards)?;
-        }
+    fn is_new(&self) -> bool {
+        self.new
     }
 }

@@ -43,8 +43,8 @@ pub trait ShardIndex: Send + Sync + 'static {
     ) -> IndexResult<Vec<(ShardId, ShardEntry)>>;
     /// Makes everything so far survive power loss.
     fn persist(&self) -> IndexResult<()>;
-    /// Forgets everything.
-    fn clear(&self) -> IndexResult<()>;
+    /// Whether it was made just now: a device that was used before is scanned to fill it again.
+    fn is_new(&self) -> bool;
 
     /// Shards of one segment.
     fn of_segment(&self, segment: SegmentName) -> IndexResult<Vec<(ShardId, ShardEntry)>> {
@@ -99,9 +99,8 @@ impl ShardIndex for MemoryIndex {
     fn persist(&self) -> IndexResult<()> {
         Ok(())
     }
-    fn clear(&self) -> IndexResult<()> {
-        self.entries().clear();
-        Ok(())
+    fn is_new(&self) -> bool {
+        self.entries().is_empty()
     }
 }
 

@@ -1,0 +1,438 @@
+//! What a node promises, on a disk in memory that crashes, loses power and fails as told.
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "a test makes its own runtime")]
+
+use std::sync::Arc;
+use xsan_env::memory::{Keep, MemoryDisk, Operation};
+use xsan_env::os::OsRuntime;
+use xsan_env::{Buf, BufPool, Env};
+use xsan_node::{DeviceHandle, DeviceIdentity, MemoryIndex, Node, NodeConfig, ShardIndex};
+use xsan_types::{
+    ClusterId, Crc32c, DeviceId, Epoch, FlushRequest, Generation, MemberRef, MemberState, NodeId, PgId, RegisterView,
+    SealedSegment, SegmentName, SetId, ShardId, ShardIndex as Index, VolumeId,
+};
+use xsan_wire::node::{CreateMember, NodeApi, NodeError, PutShard};
+
+const DEVICE: DeviceId = DeviceId(7);
+const VOLUME: VolumeId = VolumeId(1);
+const EIO: i32 = 5;
+
+/// Shared between openings: what fjall keeps over a crash of the process.
+#[derive(Clone)]
+struct KeptIndex(Arc<MemoryIndex>);
+
+impl ShardIndex for KeptIndex {
+    fn get(&self, shard: ShardId) -> xsan_node::shard_index::IndexResult<Option<xsan_node::format::ShardEntry>> {
+        self.0.get(shard)
+    }
+    fn put(&self, shard: ShardId, entry: &xsan_node::format::ShardEntry) -> xsan_node::shard_index::IndexResult<()> {
+        self.0.put(shard, entry)
+    }
+    fn remove(&self, shards: &[ShardId]) -> xsan_node::shard_index::IndexResult<()> {
+        self.0.remove(shards)
+    }
+    fn page(
+        &self,
+        after: Option<ShardId>,
+        limit: usize,
+    ) -> xsan_node::shard_index::IndexResult<Vec<(ShardId, xsan_node::format::ShardEntry)>> {
+        self.0.page(after, limit)
+    }
+    fn volume_page(
+        &self,
+        volume: VolumeId,
+        after: Option<ShardId>,
+        limit: usize,
+    ) -> xsan_node::shard_index::IndexResult<Vec<(ShardId, xsan_node::format::ShardEntry)>> {
+        self.0.volume_page(volume, after, limit)
+    }
+    fn persist(&self) -> xsan_node::shard_index::IndexResult<()> {
+        Ok(())
+    }
+    fn is_new(&self) -> bool {
+        false
+    }
+}
+
+struct Bench {
+    disk: MemoryDisk,
+    index: KeptIndex,
+}
+
+impl Bench {
+    async fn new(env: &Env, bytes: u64) -> Self {
+        let disk = MemoryDisk::new(bytes, 512);
+        let identity = DeviceIdentity { cluster: ClusterId(1), node: NodeId(1), device: DEVICE };
+        Node::format(env, &disk.open(), identity).await.expect("a fresh disk");
+        Self { disk, index: KeptIndex(Arc::default()) }
+    }
+
+    async fn open(&self, env: &Env) -> Arc<Node> {
+        let handle = DeviceHandle { disk: self.disk.open(), index: Box::new(self.index.clone()) };
+        let config = NodeConfig::new(ClusterId(1), NodeId(1), BufPool::new(0, 1 << 20));
+        Node::open(env, config, vec![handle]).await.expect("the device opens")
+    }
+}
+
+fn run<F: Future<Output = ()>>(test: impl FnOnce(Env) -> F) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async { test(OsRuntime::current()).await });
+}
+
+fn boot(id: u128) -> Env {
+    OsRuntime::with_boot_id(tokio::runtime::Handle::current(), id).into_env()
+}
+
+fn set(generation: u64) -> SetId {
+    SetId { generation: Generation(generation), number: 1 }
+}
+
+fn segment(number: u64) -> SegmentName {
+    SegmentName { volume: VOLUME, generation: Generation(1), number, pg: PgId::default() }
+}
+
+fn bytes(seed: u8, len: usize) -> Buf {
+    Buf::copied(&vec![seed; len])
+}
+
+async fn member(node: &Node) -> Result<MemberRef, NodeError> {
+    let request = CreateMember { device: DEVICE, volume: VOLUME, set: set(1), manifest: Vec::new() };
+    let made = node.create_member(request).await?;
+    Ok(MemberRef { device: DEVICE, volume: VOLUME, set: set(1), incarnation: made.incarnation })
+}
+
+fn flush_of(at: MemberRef, replicas: Vec<(SegmentName, u64)>) -> FlushRequest {
+    FlushRequest { device: DEVICE, incarnation: at.incarnation, member: Some(at), replicas, shards: Vec::new() }
+}
+
+fn line(number: u64) -> SealedSegment {
+    SealedSegment { name: segment(number), bytes: 8192, footer_offset: 4096, footer_crc: Crc32c(1) }
+}
+
+fn shard(number: u64) -> PutShard {
+    let data = bytes(number as u8, 8192);
+    PutShard {
+        device: DEVICE,
+        shard: ShardId { segment: segment(number), index: Index(0) },
+        epoch: Epoch(1),
+        hash: *blake3::hash(&data).as_bytes(),
+        data: vec![data],
+    }
+}
+
+/// What a workload was answered before its disk failed.
+#[derive(Default)]
+struct Answered {
+    member: bool,
+    /// Contiguous length of segment 1, and of it flushed.
+    length: u64,
+    flushed: u64,
+    shards: Vec<u64>,
+    sealed: bool,
+}
+
+async fn workload(node: &Node, answered: &mut Answered) -> Result<(), NodeError> {
+    let at = member(node).await?;
+    answered.member = true;
+    let mut offset = 0;
+    for step in 0..12u64 {
+        let data = bytes(step as u8 + 1, 200 << 10);
+        offset = node.append(at, segment(1), offset, data).await?;
+        answered.length = offset;
+        if step % 4 == 3 {
+            node.flush(flush_of(at, vec![(segment(1), offset)])).await?;
+            answered.flushed = offset;
+        }
+        if step % 3 == 0 {
+            node.put_shard(shard(10 + step)).await?;
+            answered.shards.push(10 + step);
+        }
+    }
+    node.append(at, segment(2), 0, bytes(9, 4096)).await?;
+    node.sealed(at, line(2)).await?;
+    answered.sealed = true;
+    Ok(())
+}
+
+async fn check(node: &Node, answered: &Answered, length: u64, state: MemberState) {
+    let closed = NodeApi::close(node, DEVICE, VOLUME, Generation(2)).await.expect("closed");
+    if !answered.member {
+        return;
+    }
+    let found = closed.iter().find(|member| member.set == set(1)).expect("the member is known");
+    assert_eq!(found.state, state);
+    if length > 0 {
+        let replica = found.replicas.iter().find(|r| r.segment == segment(1)).expect("the replica is known");
+        assert!(replica.length >= length);
+        let read = node.read_replica(DEVICE, VOLUME, set(1), segment(1), 0, length as u32).await.expect("readable");
+        for (at, &byte) in read.iter().enumerate() {
+            assert_eq!(byte, (at / (200 << 10)) as u8 + 1, "byte {at} of {length}");
+        }
+    }
+    for &number in &answered.shards {
+        let id = ShardId { segment: segment(number), index: Index(0) };
+        let read = node.read_shard(DEVICE, id, 0, 8192).await.expect("the shard is there");
+        assert!(read.iter().all(|&byte| byte == number as u8));
+        node.verify_shard(DEVICE, id).await.expect("its hash holds");
+    }
+    if answered.sealed {
+        assert!(found.manifest.contains(&line(2)));
+        assert!(found.replicas.iter().all(|replica| replica.segment != segment(2)), "its replica is free");
+    }
+}
+
+#[test]
+fn what_was_acknowledged_survives_a_crash_of_the_process_at_every_io() {
+    run(|env| async move {
+        for nth in 1.. {
+            let bench = Bench::new(&env, 64 << 20).await;
+            let node = bench.open(&env).await;
+            bench.disk.fail_nth(Operation::Any, nth, EIO);
+            let mut answered = Answered::default();
+            let done = workload(&node, &mut answered).await.is_ok();
+            node.kill().await;
+            bench.disk.crash_process();
+            bench.disk.heal();
+            let node = bench.open(&env).await;
+            check(&node, &answered, answered.length, MemberState::Whole).await;
+            if done {
+                assert!(nth > 30, "the loop failed many I/Os");
+                return;
+            }
+        }
+    });
+}
+
+#[test]
+fn what_was_flushed_survives_power_loss_at_every_io() {
+    run(|_| async move {
+        for nth in 1.. {
+            let before = boot(1);
+            let bench = Bench::new(&before, 64 << 20).await;
+            let node = bench.open(&before).await;
+            bench.disk.fail_nth(Operation::Any, nth, EIO);
+            let mut answered = Answered::default();
+            let done = workload(&node, &mut answered).await.is_ok();
+            node.kill().await;
+            bench.disk.power_off(Keep::Seed(nth));
+            bench.disk.heal();
+            let node = bench.open(&boot(2)).await;
+            check(&node, &answered, answered.flushed, MemberState::Flushed).await;
+            if done {
+                return;
+            }
+        }
+    });
+}
+
+#[test]
+fn a_restart_closes_members_and_old_incarnations_are_refused() {
+    run(|env| async move {
+        let bench = Bench::new(&env, 64 << 20).await;
+        let node = bench.open(&env).await;
+        let at = member(&node).await.unwrap();
+        node.append(at, segment(1), 0, bytes(1, 512)).await.unwrap();
+        node.close().await;
+        let node = bench.open(&env).await;
+        assert!(matches!(node.append(at, segment(1), 512, bytes(2, 512)).await, Err(NodeError::NotLive { .. })));
+        assert!(matches!(node.confirm(at).await, Err(NodeError::NotLive { .. })));
+        let lengths = vec![(segment(1), 512)];
+        assert!(matches!(node.flush(flush_of(at, lengths)).await, Err(NodeError::NotLive { .. })), "C4");
+        assert_eq!(member(&node).await, Err(NodeError::Closed), "nothing re-opens a set");
+    });
+}
+
+#[test]
+fn a_closed_member_takes_nothing_and_an_older_generation_closes_nothing() {
+    run(|env| async move {
+        let bench = Bench::new(&env, 64 << 20).await;
+        let node = bench.open(&env).await;
+        let at = member(&node).await.unwrap();
+        node.append(at, segment(1), 0, bytes(1, 512)).await.unwrap();
+        let closed = NodeApi::close(&*node, DEVICE, VOLUME, Generation(3)).await.unwrap();
+        assert_eq!(closed[0].state, MemberState::Live);
+        assert_eq!(node.append(at, segment(1), 512, bytes(2, 512)).await, Err(NodeError::Closed));
+        assert_eq!(node.sealed(at, line(1)).await, Err(NodeError::Closed));
+        assert_eq!(node.confirm(at).await, Err(NodeError::Closed));
+        assert_eq!(NodeApi::close(&*node, DEVICE, VOLUME, Generation(2)).await, Err(NodeError::Closed));
+    });
+}
+
+#[test]
+fn a_close_waits_for_appends_in_flight() {
+    use xsan_env::memory::Fault;
+    run(|env| async move {
+        let bench = Bench::new(&env, 64 << 20).await;
+        let node = bench.open(&env).await;
+        let at = member(&node).await.unwrap();
+        node.append(at, segment(1), 0, bytes(1, 512)).await.unwrap();
+        bench.disk.fault_nth(Operation::Write, 1, Fault::Stall);
+        let append = node.append(at, segment(1), 512, bytes(2, 512));
+        let mut close = NodeApi::close(&*node, DEVICE, VOLUME, Generation(2));
+        assert!(futures::poll!(&mut close).is_pending(), "the append may still be answered ok (C7)");
+        bench.disk.release_stalled();
+        assert_eq!(append.await, Ok(1024));
+        assert!(close.await.is_ok());
+    });
+}
+
+#[test]
+fn a_flush_that_began_earlier_does_not_count() {
+    use xsan_env::memory::Fault;
+    run(|env| async move {
+        let bench = Bench::new(&env, 64 << 20).await;
+        let node = bench.open(&env).await;
+        let at = member(&node).await.unwrap();
+        node.append(at, segment(1), 0, bytes(1, 512)).await.unwrap();
+        bench.disk.fault_nth(Operation::Flush, 1, Fault::Stall);
+        let mut first = node.flush(flush_of(at, vec![(segment(1), 512)]));
+        assert!(futures::poll!(&mut first).is_pending());
+        node.append(at, segment(1), 512, bytes(2, 512)).await.unwrap();
+        let mut second = node.flush(flush_of(at, vec![(segment(1), 1024)]));
+        assert!(futures::poll!(&mut second).is_pending());
+        let before = bench.disk.counters().flushes;
+        bench.disk.release_stalled();
+        assert!(first.await.is_ok() && second.await.is_ok());
+        assert_eq!(bench.disk.counters().flushes, before + 1, "one more flush for what came later (H7)");
+    });
+}
+
+#[test]
+fn a_full_device_says_so_and_seals_go_on() {
+    run(|env| async move {
+        let bench = Bench::new(&env, 64 << 20).await;
+        let node = bench.open(&env).await;
+        let at = member(&node).await.unwrap();
+        let mut offset = 0;
+        let full = loop {
+            match node.append(at, segment(1), offset, bytes(1, 1 << 20)).await {
+                Ok(length) => offset = length,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(full, NodeError::NoSpace);
+        node.put_shard(shard(5)).await.expect("the reserve is for seals");
+        let read = node.read_replica(DEVICE, VOLUME, set(1), segment(1), 0, 4096).await.unwrap();
+        assert!(read.iter().all(|&byte| byte == 1), "nothing is lost");
+        node.sealed(at, line(1)).await.unwrap();
+        node.append(at, segment(2), 0, bytes(1, 1 << 20)).await.expect("room again");
+    });
+}
+
+#[test]
+fn a_deleted_volume_gives_all_its_space_back_at_once() {
+    run(|env| async move {
+        let bench = Bench::new(&env, 64 << 20).await;
+        let node = bench.open(&env).await;
+        let mut answered = Answered::default();
+        workload(&node, &mut answered).await.unwrap();
+        let incarnation = node.devices().await.unwrap()[0].incarnation;
+        let rows = ShardId { segment: segment(77), index: Index(1) };
+        node.append_shard(DEVICE, incarnation, rows, 0, vec![bytes(3, 65536)]).await.unwrap();
+        assert!(node.devices().await.unwrap()[0].used > 0);
+        let view = RegisterView { volume: VOLUME, generation: Generation(2), set: None, deleted: true };
+        node.registered(view).await.unwrap();
+        assert_eq!(node.devices().await.unwrap()[0].used, 0);
+        assert_eq!(member(&node).await, Err(NodeError::Closed), "nothing of it is taken any more");
+        node.kill().await;
+        let node = bench.open(&env).await;
+        assert_eq!(node.devices().await.unwrap()[0].used, 0, "also after a restart");
+    });
+}
+
+#[test]
+fn open_shards_become_sealed_ones_in_place() {
+    run(|env| async move {
+        let bench = Bench::new(&env, 64 << 20).await;
+        let node = bench.open(&env).await;
+        let incarnation = node.devices().await.unwrap()[0].incarnation;
+        let id = ShardId { segment: segment(3), index: Index(2) };
+        let parts = [bytes(1, 65536), bytes(2, 65536), bytes(3, 4096)];
+        let mut hasher = blake3::Hasher::new();
+        let mut offset = 0;
+        for part in &parts {
+            hasher.update(part);
+            offset = node.append_shard(DEVICE, incarnation, id, offset, vec![part.clone()]).await.unwrap();
+        }
+        let hash = *hasher.finalize().as_bytes();
+        assert!(node.shard_info(DEVICE, id).await.unwrap().open);
+        assert!(node.finish_shard(DEVICE, incarnation, id, offset - 4096, hash).await.is_err(), "not its length");
+        node.finish_shard(DEVICE, incarnation, id, offset, hash).await.unwrap();
+        node.finish_shard(DEVICE, incarnation, id, offset, hash).await.expect("a repeat is a no-op");
+        node.verify_shard(DEVICE, id).await.unwrap();
+        node.kill().await;
+        bench.disk.power_off(Keep::Nothing);
+        let node = bench.open(&env).await;
+        let read = node.read_shard(DEVICE, id, 65536, 4096).await.unwrap();
+        assert!(read.iter().all(|&byte| byte == 2));
+    });
+}
+
+#[test]
+fn a_lost_shard_index_is_found_again_on_the_device() {
+    run(|env| async move {
+        let mut bench = Bench::new(&env, 64 << 20).await;
+        let node = bench.open(&env).await;
+        for number in 1..20 {
+            node.put_shard(shard(number)).await.unwrap();
+        }
+        node.delete_segments(vec![segment(4)]).await.unwrap();
+        node.close().await;
+        bench.index = KeptIndex(Arc::default());
+        let handle = DeviceHandle { disk: bench.disk.open(), index: Box::<MemoryIndex>::default() };
+        let config = NodeConfig::new(ClusterId(1), NodeId(1), BufPool::new(0, 1 << 20));
+        let node = Node::open(&env, config, vec![handle]).await.unwrap();
+        for number in (1..20).filter(|&number| number != 4) {
+            let id = ShardId { segment: segment(number), index: Index(0) };
+            node.verify_shard(DEVICE, id).await.expect("found again");
+        }
+        let id = ShardId { segment: segment(4), index: Index(0) };
+        assert_eq!(node.verify_shard(DEVICE, id).await, Err(NodeError::NotFound), "the log remembers the deletion");
+    });
+}
+
+#[test]
+fn a_device_of_another_cluster_and_a_damaged_log_are_refused() {
+    run(|env| async move {
+        let bench = Bench::new(&env, 64 << 20).await;
+        let node = bench.open(&env).await;
+        let mut answered = Answered::default();
+        workload(&node, &mut answered).await.unwrap();
+        node.close().await;
+        let open = |cluster| {
+            let handle = DeviceHandle { disk: bench.disk.open(), index: Box::new(bench.index.clone()) };
+            let config = NodeConfig::new(ClusterId(cluster), NodeId(1), BufPool::new(0, 1 << 20));
+            Node::open(&env, config, vec![handle])
+        };
+        assert!(matches!(open(2).await.err(), Some(xsan_node::NodeOpenError::OtherCluster { .. })));
+        // The first frame, with flushed ones behind it: not a torn tail.
+        bench.disk.flip_bit(xsan_node::format::LOG_OFFSET + 100, 3);
+        assert!(matches!(open(1).await.err(), Some(xsan_node::NodeOpenError::LogDamaged { .. })));
+        bench.disk.flip_bit(xsan_node::format::LOG_OFFSET + 100, 3);
+        for offset in xsan_node::format::SUPERBLOCK_OFFSETS {
+            assert!(open(1).await.is_ok(), "one superblock is enough");
+            bench.disk.flip_bit(offset + 20, 1);
+        }
+        assert!(matches!(open(1).await.err(), Some(xsan_node::NodeOpenError::SuperblockDamaged)));
+    });
+}
+
+#[test]
+fn the_log_goes_on_in_its_other_half() {
+    run(|env| async move {
+        let bench = Bench::new(&env, 64 << 20).await;
+        let node = bench.open(&env).await;
+        let at = member(&node).await.unwrap();
+        node.append(at, segment(1), 0, bytes(1, 4096)).await.unwrap();
+        // Each frame takes a sector of the half's 1 MiB: this fills it more than twice.
+        for number in 0..4500u64 {
+            node.trim_manifest(at, number, Vec::new()).await.unwrap();
+        }
+        node.sealed(at, line(9)).await.unwrap();
+        node.kill().await;
+        bench.disk.power_off(Keep::Seed(3));
+        let node = bench.open(&boot(9)).await;
+        let closed = NodeApi::close(&*node, DEVICE, VOLUME, Generation(2)).await.unwrap();
+        assert_eq!(closed[0].manifest, vec![line(9)]);
+        assert_eq!(closed[0].replicas.len(), 1);
+    });
+}
