@@ -216,6 +216,11 @@ impl MemoryStore {
         faults.planned.insert(at, fault);
     }
 
+    /// Forgets the faults that have not happened.
+    pub fn clear_plans(&self) {
+        self.0.faults.lock().expect("faults lock").planned.clear();
+    }
+
     /// Lets all stalled calls go on.
     pub fn release(&self) {
         for stalled in std::mem::take(&mut self.0.faults.lock().expect("faults lock").stalled) {

@@ -42,6 +42,17 @@ pub enum Change {
     },
 }
 
+impl Change {
+    /// The segment whose log holds it.
+    #[must_use]
+    pub fn number(&self) -> u64 {
+        match *self {
+            Self::Data { place, .. } => place.number,
+            Self::Zero { number, .. } => number,
+        }
+    }
+}
+
 /// What a block is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
