@@ -6,6 +6,7 @@
 
 pub mod error;
 pub mod index;
+pub mod memory_store;
 pub mod segment;
 pub mod store;
 pub mod volume;
