@@ -621,7 +621,7 @@ fn describe(
                 changes.push(Change::Zero { range, version, number });
             }
             Content::Blocks(data) => {
-                for (i, block) in data.chunks_exact(BLOCK).enumerate() {
+                for (i, block) in data.chunks(BLOCK).enumerate() {
                     let crc = crc32c(block);
                     let position = first_block + crcs.len() as u32;
                     crcs.push(crc);

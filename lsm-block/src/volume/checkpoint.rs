@@ -155,7 +155,9 @@ impl Writer {
                 Event::Nothing
             }));
         }
-        self.graves.push(Grave { token: self.shared.renew_read_token(), names: self.shared.index.take_dead() });
+        let mut names = self.shared.index.take_dead();
+        names.extend(self.evacuated.extract_if(.., |name| name.number < border));
+        self.graves.push(Grave { token: self.shared.renew_read_token(), names });
         self.bury();
         for done in self.checkpoint_waiters.drain(..) {
             let _ = done.send(Ok(()));

@@ -100,6 +100,11 @@ pub(super) struct RowSegment {
 }
 
 impl RowSegment {
+    /// Whether its content was sealed under another name.
+    pub(super) fn failed_over(&self) -> bool {
+        matches!(&self.stage, Stage::Manifest { sealed, .. } if sealed.name != self.name)
+    }
+
     pub(super) fn can_seal(&self) -> bool {
         self.frozen && matches!(self.stage, Stage::Open) && self.pending == 0
     }

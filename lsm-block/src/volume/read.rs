@@ -30,38 +30,25 @@ pub(super) async fn read(shared: Arc<Shared>, offset: u64, length: u64) -> Resul
     }
     let first = offset / BLOCK_BYTES;
     let range = BlockRange::between(first, (offset + length).div_ceil(BLOCK_BYTES));
-    let pieces = read_range(&shared, range).await?;
+    let (_, pieces) = read_range(&shared, range).await?;
     confirm(&shared).await?;
     Ok(trim(pieces, offset - first * BLOCK_BYTES, length))
 }
 
 /// The content of one block and its version (`None`: a hole, returned as zeroes).
 pub(super) async fn read_block(shared: &Arc<Shared>, lba: Lba) -> Result<(Option<Version>, Buf), VolumeError> {
-    let range = BlockRange { start: lba, count: 1 };
-    loop {
-        let token = shared.read_token();
-        let mut found = Vec::with_capacity(1);
-        shared.index.lookup(range, &mut found).await?;
-        let Some(Found::Data { version, .. }) = found.first() else {
-            return Ok((None, shared.buffers.get_zeroed(BLOCK_BYTES as usize).freeze()));
-        };
-        let version = *version;
-        let pieces = match plan(shared, &found) {
-            Some(runs) => fetch(shared, runs).await?,
-            None => {
-                xsan_env::yield_now().await;
-                continue;
-            }
-        };
-        drop(token);
-        match pieces.into_iter().next() {
-            Some(Piece::Data(data)) => return Ok((Some(version), data)),
-            _ => return Err(VolumeError::Store(StoreError::Internal)),
-        }
+    let (found, pieces) = read_range(shared, BlockRange { start: lba, count: 1 }).await?;
+    match (found.first(), pieces.into_iter().next()) {
+        (Some(Found::Data { version, .. }), Some(Piece::Data(data))) => Ok((Some(*version), data)),
+        _ => Ok((None, shared.buffers.get_zeroed(BLOCK_BYTES as usize).freeze())),
     }
 }
 
-async fn read_range(shared: &Arc<Shared>, range: BlockRange) -> Result<Vec<Piece>, VolumeError> {
+/// Looks blocks up and fetches them; waits for nodes to return, up to `io_timeout`.
+async fn read_range(
+    shared: &Arc<Shared>,
+    range: BlockRange,
+) -> Result<(Vec<Found>, Vec<Piece>), VolumeError> {
     let deadline = shared.env.now().after(shared.tuning.io_timeout);
     let mut found = Vec::with_capacity(range.count as usize);
     loop {
@@ -82,7 +69,7 @@ async fn read_range(shared: &Arc<Shared>, range: BlockRange) -> Result<Vec<Piece
         .await;
         drop(token);
         match result {
-            Ok(Some(pieces)) => return Ok(pieces),
+            Ok(Some(pieces)) => return Ok((found, pieces)),
             // A segment moved from open to sealed between two look-ups.
             Ok(None) => xsan_env::yield_now().await,
             Err(error) if waits(&error) => {

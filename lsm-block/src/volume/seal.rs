@@ -183,8 +183,9 @@ impl RowSeal {
         self.evacuate().await
     }
 
-    /// Reads what is acknowledged back and seals it under a new name, versions kept. The old name is never listed, so its
-    /// extents are garbage.
+    /// Reads what is acknowledged back and seals it under a new name, versions kept. The old name is never listed; it is
+    /// deleted when a registered checkpoint has decided it, not before: until the new name stands in the manifests, a
+    /// taker needs the rows (P7).
     async fn evacuate(self) -> (SealedSegment, Holes, Vec<Change>) {
         let name = new_name(&self.shared, &self.next_number, &self.set);
         let mut footer = Footer { segment: name, entries: Vec::new(), crcs: Vec::new() };
@@ -212,7 +213,6 @@ impl RowSeal {
         let (tail, sealed) = encode_footer(&self.shared, &footer);
         body.push(tail);
         let holes = seal_until_done(&self.shared, name, &body).await;
-        let _ = self.shared.store.delete(vec![self.name]).await;
         (sealed, holes, changes)
     }
 

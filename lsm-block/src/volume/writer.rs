@@ -111,6 +111,8 @@ pub(super) struct Writer {
     pub checkpoint_waiters: Vec<Done>,
     pub graves: Vec<Grave>,
     pub burying: bool,
+    /// Row segments that stand elsewhere now: deleted when a checkpoint has decided them.
+    pub evacuated: Vec<SegmentName>,
     /// Requests that wait for the old content of a block.
     pub parked: usize,
     pub written_bytes: u64,
@@ -153,6 +155,7 @@ impl Writer {
             checkpoint_waiters: Vec::new(),
             graves: vec![Grave { token: Arc::new(()), names: recovered.dead }],
             burying: false,
+            evacuated: Vec::new(),
             parked: 0,
             written_bytes: 0,
             written_at_checkpoint: 0,
@@ -613,6 +616,9 @@ impl Writer {
                 let rows = self.row_segments.remove(&number).expect("a sealed segment was unsealed before");
                 for segment in self.segments.values_mut() {
                     segment.rows.retain(|&pointed| pointed != number);
+                }
+                if rows.failed_over() {
+                    self.evacuated.push(rows.name);
                 }
                 rows.stage
             }
