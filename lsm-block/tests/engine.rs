@@ -261,7 +261,7 @@ impl Rig {
         assert_eq!(mapped, SIZE);
     }
 
-    fn toggle_node(&mut self) {
+    async fn toggle_node(&mut self, volume: &Arc<Volume>) {
         let tolerated = self.store_tolerates();
         if self.down.len() < tolerated && self.dice.below(2) == 0 {
             let up: Vec<DeviceId> = self.store.devices().into_iter().filter(|d| !self.down.contains(d)).collect();
@@ -269,8 +269,12 @@ impl Rig {
             self.store.stop(device);
             self.down.push(device);
         } else if !self.down.is_empty() {
-            let device = self.down.swap_remove(0);
-            self.store.start(device);
+            // Redundancy is back when the holes are filled: before that other nodes may not be lost.
+            self.start_all();
+            self.store.clear_plans();
+            while volume.checkpoint().await.is_err() || volume.status().segments_with_holes > 0 {
+                self.env.sleep(Duration::from_millis(1)).await;
+            }
         }
     }
 
@@ -278,16 +282,27 @@ impl Rig {
         self.store.devices().len().min(6) / 3
     }
 
-    fn start_all(&mut self) {
+    fn restart_all(&mut self) {
+        self.store.clear_plans();
         for device in self.store.devices() {
             self.store.start(device);
         }
         self.down.clear();
     }
 
+    fn start_all(&mut self) {
+        for device in std::mem::take(&mut self.down) {
+            self.store.start(device);
+        }
+    }
+
     async fn step(&mut self, volume: Arc<Volume>, step: u64, seed: u64) -> Arc<Volume> {
         let context = format!("seed {seed}, step {step}");
-        match self.dice.below(100) {
+        let what = self.dice.below(100);
+        if std::env::var_os("XSAN_TEST_TRACE").is_some() {
+            eprintln!("{context}: {what}, down {:?}, {:?}", self.down, volume.status());
+        }
+        match what {
             0..=59 => self.change(&volume, true).await,
             60..=69 => {
                 volume.flush().await.expect("a flush");
@@ -295,7 +310,7 @@ impl Rig {
             }
             70..=76 => self.check(&volume, false, &context).await,
             77..=79 => volume.checkpoint().await.expect("a checkpoint"),
-            80..=87 => self.toggle_node(),
+            80..=87 => self.toggle_node(&volume).await,
             88..=89 => {
                 let fault = if self.dice.below(2) == 0 { Fault::Refuse } else { Fault::LoseAnswer };
                 let after = self.dice.below(30);
@@ -322,8 +337,7 @@ impl Rig {
                 self.change(&volume, false).await;
                 volume.abandon();
                 drop(volume);
-                self.store.clear_plans();
-                self.start_all();
+                self.restart_all();
                 let volume = self.open().await;
                 self.check(&volume, false, &format!("{context}, after a crash of all processes")).await;
                 return volume;
@@ -334,7 +348,7 @@ impl Rig {
                 drop(volume);
                 self.store.clear_plans();
                 self.store.power_loss_everywhere();
-                self.start_all();
+                self.restart_all();
                 let volume = self.open().await;
                 self.check(&volume, true, &format!("{context}, after power loss everywhere")).await;
                 return volume;

@@ -209,7 +209,8 @@ impl Index {
         let cursor = DeltaCursor::new(frozen, &stale);
         if erased || trees.is_empty() {
             // Nothing below is left: no page of it need be read.
-            let mut merger = Merger::new(pages, roots, writer, Overlay::new(cursor, Vec::new()), BTreeSet::new(), page_bytes_max);
+            let mut merger =
+                Merger::new(pages, roots, writer, Overlay::new(cursor, Vec::new()), BTreeSet::new(), page_bytes_max);
             let tree = merger.write_run(false).await?;
             let freed = if erased { self.all_tree_bytes(roots) } else { BTreeMap::new() };
             let mut counts = merger.counts.finish();

@@ -45,10 +45,7 @@ pub(super) async fn read_block(shared: &Arc<Shared>, lba: Lba) -> Result<(Option
 }
 
 /// Looks blocks up and fetches them; waits for nodes to return, up to `io_timeout`.
-async fn read_range(
-    shared: &Arc<Shared>,
-    range: BlockRange,
-) -> Result<(Vec<Found>, Vec<Piece>), VolumeError> {
+async fn read_range(shared: &Arc<Shared>, range: BlockRange) -> Result<(Vec<Found>, Vec<Piece>), VolumeError> {
     let deadline = shared.env.now().after(shared.tuning.io_timeout);
     let mut found = Vec::with_capacity(range.count as usize);
     loop {
