@@ -327,6 +327,7 @@ impl Drop for Guard {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "tests make their own runtime")]
 mod tests {
     use super::*;
     use futures::FutureExt;

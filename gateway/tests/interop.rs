@@ -233,7 +233,7 @@ assert len(parts) == 1 and parts[0][1] == 131072, parts
 h.shutdown()
 print("all kept")
 "#;
-    assert!(bench.nbdsh(&["-u", &bench.uri()], script).contains("all kept"));
+    assert!(bench.nbdsh(&["--base-allocation", "-u", &bench.uri()], script).contains("all kept"));
 }
 
 #[test]

@@ -37,11 +37,7 @@ impl Dice {
 
 /// A sector's content is its stamp, repeated; 0 is zeroes.
 fn sector_of(stamp: u32) -> [u8; SECTOR as usize] {
-    let mut bytes = [0; SECTOR as usize];
-    for chunk in bytes.chunks_exact_mut(4) {
-        chunk.copy_from_slice(&stamp.to_le_bytes());
-    }
-    bytes
+    std::array::from_fn(|at| stamp.to_le_bytes()[at % 4])
 }
 
 /// What a sector may hold.

@@ -10,6 +10,7 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use lsm_block::store::{SegmentRead, StoreError};
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::time::Duration;
 use xsan_env::{Buf, BufMut, yield_now};
 use xsan_erasure::Stripe;
 use xsan_types::{Crc32c, ShardIndex, crc32c};
@@ -17,6 +18,9 @@ use xsan_wire::node::NodeError;
 
 /// Sets of k sources tried before a range counts as lost: all of them up to rs(8,4), and then enough for any one bad source.
 const SETS_MAX: usize = 1024;
+
+/// How long shards beyond the first k are waited for, when those gave something wrong.
+const EXTRA_WAIT: Duration = Duration::from_secs(1);
 
 /// What is known of the unit's own shard.
 pub(crate) enum Own {
@@ -93,9 +97,10 @@ impl<'a> Sources<'a> {
     }
 
     /// Reads until `wanted` shards are there or nobody is left to ask. Whoever is late is waited for only as long as the
-    /// others are not enough.
+    /// others are not enough; with k there, no longer than [`EXTRA_WAIT`].
     async fn gather(&mut self, wanted: usize) {
         let shared = &*self.reading.shared;
+        let k = shared.scheme().k();
         let mut running = FuturesUnordered::new();
         let mut is_patient = true;
         loop {
@@ -109,12 +114,21 @@ impl<'a> Sources<'a> {
             if self.found.len() >= wanted {
                 return;
             }
-            let next = if is_patient && !self.candidates.is_empty() {
-                shared.env.timeout(shared.late_after(), running.next()).await
-            } else {
-                Some(running.next().await)
+            let limit = match (self.candidates.is_empty(), self.found.len() >= k) {
+                (false, _) => Some(shared.late_after()),
+                (true, true) => Some(EXTRA_WAIT),
+                // Nobody else can be asked: whatever they say decides.
+                (true, false) => None,
+            };
+            let next = match limit {
+                Some(limit) => shared.env.timeout(limit, running.next()).await,
+                None => Some(running.next().await),
             };
             match next {
+                None if self.candidates.is_empty() => {
+                    self.lost.away += running.len();
+                    return;
+                }
                 None => is_patient = false,
                 Some(None) => return,
                 Some(Some((index, Ok(buf)))) => self.found.push((index, buf)),
@@ -167,7 +181,7 @@ fn first_set(k: usize) -> u64 {
 fn next_set(set: u64, count: usize) -> Option<u64> {
     let lowest = set & set.wrapping_neg();
     let ripple = set.checked_add(lowest)?;
-    let next = ripple | ((set ^ ripple) >> 2) / lowest;
+    let next = ripple | (((set ^ ripple) >> 2) / lowest);
     (count >= 64 || next >> count == 0).then_some(next)
 }
 

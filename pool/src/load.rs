@@ -142,8 +142,15 @@ impl HedgeBudget {
 
     /// Takes the price of a hedge, if it is there.
     pub(crate) fn spend(&self) -> bool {
-        let take = |saved: i64| (saved >= HEDGE_PRICE).then_some(saved - HEDGE_PRICE);
-        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
+        let mut saved = self.0.load(Ordering::Relaxed);
+        while saved >= HEDGE_PRICE {
+            let left = saved - HEDGE_PRICE;
+            match self.0.compare_exchange_weak(saved, left, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return true,
+                Err(now) => saved = now,
+            }
+        }
+        false
     }
 }
 

@@ -48,7 +48,7 @@ impl PoolView {
         };
         self.epoch != other.epoch
             || self.table != other.table
-            || !self.devices.iter().map(|(id, _)| id).eq(other.devices.iter().map(|(id, _)| id))
+            || !self.devices.keys().eq(other.devices.keys())
             || !self.devices.values().zip(other.devices.values()).all(|(a, b)| same_device(a, b))
     }
 }

@@ -125,6 +125,7 @@ impl<M, F: Future + Unpin> InFlight<M, F> {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "tests make their own runtime")]
 mod tests {
     use super::*;
     use futures::channel::oneshot;

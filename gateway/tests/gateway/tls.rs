@@ -36,7 +36,7 @@ fn authority() -> Authority {
 }
 
 fn tls(world: &World, authority: &Authority, mode: TlsMode, verify: bool) -> Tls {
-    let ca = verify.then(|| authority.ca.as_bytes());
+    let ca = verify.then_some(authority.ca.as_bytes());
     let (certificate, key) = &authority.server;
     Tls::new(mode, server_config(&world.env, certificate.as_bytes(), key.as_bytes(), ca).expect("usable"))
 }

@@ -6,10 +6,9 @@
 
 use super::entry::IndexError;
 use super::format::{
-    Child, INNER_COLUMNS, InnerRow, LBA, LEAF_COLUMNS, LeafRow, NUMBER, Page, PageKind, PageRef, Size,
-    TREE_PAGE_BYTES_MAX, Tree, ZEROES,
+    Child, INNER_COLUMNS, InnerRow, LBA, LEAF_COLUMNS, LeafRow, NUMBER, Page, PageKind, PageRef, Size, Tree, ZEROES,
 };
-use super::overlay::{Item, Overlay};
+use super::overlay::Overlay;
 use super::pages::{Pages, Roots};
 use super::writer::Writer;
 use futures::future::try_join_all;
@@ -104,10 +103,6 @@ impl<const N: usize> Packer<N> {
     /// Whether what is waiting is too little for a page of its own.
     fn is_small(&self) -> bool {
         !self.rows.is_empty() && self.cut == 0 && self.size.bytes() < self.page_bytes_max / 4
-    }
-
-    fn is_empty(&self) -> bool {
-        self.rows.is_empty()
     }
 
     /// The rows that are left: no page, one, or two of about equal size.

@@ -281,11 +281,6 @@ impl Runs {
         }
     }
 
-    /// Where the next call goes on.
-    pub fn reached(&self) -> u64 {
-        self.reached
-    }
-
     pub fn finish(mut self, end: u64) -> Vec<StatusRun> {
         if !self.is_full() && self.reached < end {
             self.push(end - self.reached, true);

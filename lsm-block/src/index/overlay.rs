@@ -76,8 +76,7 @@ impl DeltaCursor {
 
     fn next(&mut self) -> Option<Item> {
         let zero = self.delta.zero_from(self.from);
-        loop {
-            let Some(&lba) = self.blocks.peek() else { break };
+        while let Some(&lba) = self.blocks.peek() {
             let (version, place) = self.delta.get(lba).expect("a listed block has an entry");
             match zero {
                 // Hidden by a newer zero record.

@@ -3,7 +3,7 @@
 use super::shared::{OpenSegment, Piece, ServingSet, Shared, count};
 use crate::error::VolumeError;
 use crate::index::{Found, Place};
-use crate::store::{Check, SegmentRead, StoreError, StoreResult};
+use crate::store::{Check, SegmentRead, StoreResult};
 use futures::future::{join_all, try_join_all};
 use std::sync::Arc;
 use std::time::Duration;

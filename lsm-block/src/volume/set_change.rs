@@ -20,11 +20,14 @@ use xsan_types::{
 /// How long to wait for nodes to come back before the next try, if no change is reported.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// Records of a segment by offset.
+type Records = Vec<(u64, Buf)>;
+
 /// What a new member must hold.
 struct Cargo {
     manifest: Vec<SealedSegment>,
     /// Unsealed segments and their records, in order.
-    replicas: Vec<(SegmentName, u64, Vec<(u64, Buf)>)>,
+    replicas: Vec<(SegmentName, u64, Records)>,
 }
 
 impl Writer {

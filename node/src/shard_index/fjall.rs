@@ -11,6 +11,8 @@ use xsan_types::{ShardId, VolumeId};
 /// Several nodes share a process: small caches.
 const CACHE_BYTES: u64 = 4 << 20;
 const MEMTABLE_BYTES: u64 = 4 << 20;
+/// Set when the index is made.
+const MADE: &str = "made";
 
 /// A fjall database in its own directory.
 pub struct FjallIndex {
@@ -30,11 +32,16 @@ impl FjallIndex {
     /// Those of the engine: move the directory away, and the node fills a new index from the device.
     pub async fn open(env: &Env, directory: PathBuf) -> IndexResult<Self> {
         env.blocking(move || {
-            let new = !directory.exists();
             let database =
                 Database::builder(&directory).cache_size(CACHE_BYTES).worker_threads(1).open().map_err(engine)?;
             let options = || KeyspaceCreateOptions::default().max_memtable_size(MEMTABLE_BYTES);
             let shards = database.keyspace("shards", options).map_err(engine)?;
+            // A mark of its own tells an index that was made just now from one that is empty.
+            let marks = database.keyspace("marks", options).map_err(engine)?;
+            let new = marks.get(MADE).map_err(engine)?.is_none();
+            if new {
+                marks.insert(MADE, [1]).map_err(engine)?;
+            }
             Ok(Self { database, shards, new })
         })
         .await

@@ -123,14 +123,19 @@ async fn m_damaged_shards_in_the_same_place_still_give_the_right_bytes() {
         cluster.check_reads(segment(1), &body, &mut dice, 12, &format!("{scheme} {bad:?}")).await;
         assert_eq!(cluster.pool.stats().corrupt_reads, 0);
         // What was repaired was repaired with the right bytes.
-        cluster.until(|cluster| {
-            let stats = cluster.pool.stats();
-            stats.repaired_blocks + stats.repairs_failed == stats.damaged_blocks
-        }).await;
+        cluster
+            .until(|cluster| {
+                let stats = cluster.pool.stats();
+                stats.repaired_blocks + stats.repairs_failed == stats.damaged_blocks
+            })
+            .await;
         for (index, good) in good.iter().enumerate() {
             let now = cluster.shard(segment(1), index).unwrap().bytes;
             for (block, (now, good)) in now.chunks(4096).zip(good.chunks(4096)).enumerate() {
-                assert!(now == good || (bad.contains(&index) && [0, 2, 4].contains(&block)), "{scheme} {index} {block}");
+                assert!(
+                    now == good || (bad.contains(&index) && [0, 2, 4].contains(&block)),
+                    "{scheme} {index} {block}"
+                );
             }
         }
     }

@@ -8,9 +8,7 @@ use xsan_types::{
     ClosedMember, DeviceId, Epoch, FlushRequest, Generation, Incarnation, MemberRef, RegisterView, SealedSegment,
     SegmentName, SetId, ShardId, VolumeId,
 };
-use xsan_wire::node::{
-    CreateMember, CreatedMember, DeviceStatus, NodeApi, NodeError, NodeResult, PutShard, ShardInfo,
-};
+use xsan_wire::node::{CreateMember, CreatedMember, DeviceStatus, NodeApi, NodeError, NodeResult, PutShard, ShardInfo};
 
 /// One shard.
 #[derive(Clone, Default)]
@@ -135,18 +133,21 @@ impl State {
 impl NodeApi for FakeNode {
     fn devices(&self) -> NodeResult<Vec<DeviceStatus>> {
         let device = self.device;
-        self.call(|_| false, |state| {
-            Ok(vec![DeviceStatus {
-                device,
-                incarnation: state.incarnation,
-                capacity: 1 << 40,
-                used: 0,
-                sector: 4096,
-                shards: state.shards.len() as u64,
-                members: 0,
-                failed: false,
-            }])
-        })
+        self.call(
+            |_| false,
+            |state| {
+                Ok(vec![DeviceStatus {
+                    device,
+                    incarnation: state.incarnation,
+                    capacity: 1 << 40,
+                    used: 0,
+                    sector: 4096,
+                    shards: state.shards.len() as u64,
+                    members: 0,
+                    failed: false,
+                }])
+            },
+        )
     }
 
     fn create_member(&self, _: CreateMember) -> NodeResult<CreatedMember> {
@@ -154,18 +155,24 @@ impl NodeApi for FakeNode {
     }
 
     fn append(&self, member: MemberRef, _: SegmentName, offset: u64, data: Buf) -> NodeResult<u64> {
-        self.call(|stall| stall.appends, |state| {
-            state.live(member.incarnation)?;
-            Ok(offset + data.len() as u64)
-        })
+        self.call(
+            |stall| stall.appends,
+            |state| {
+                state.live(member.incarnation)?;
+                Ok(offset + data.len() as u64)
+            },
+        )
     }
 
     fn flush(&self, request: FlushRequest) -> NodeResult<()> {
-        self.call(|_| false, |state| {
-            state.live(request.incarnation)?;
-            state.flushed.push(request);
-            Ok(())
-        })
+        self.call(
+            |_| false,
+            |state| {
+                state.live(request.incarnation)?;
+                state.flushed.push(request);
+                Ok(())
+            },
+        )
     }
 
     fn confirm(&self, member: MemberRef) -> NodeResult<()> {
@@ -189,29 +196,35 @@ impl NodeApi for FakeNode {
     }
 
     fn registered(&self, view: RegisterView) -> NodeResult<()> {
-        self.call(|_| false, |state| {
-            state.registered.push(view);
-            Ok(())
-        })
+        self.call(
+            |_| false,
+            |state| {
+                state.registered.push(view);
+                Ok(())
+            },
+        )
     }
 
     fn put_shard(&self, request: PutShard) -> NodeResult<()> {
         assert_eq!(request.device, self.device);
         assert!(request.data.iter().all(|piece| piece.is_aligned(4096)), "devices take whole aligned blocks");
         let shard = request.shard;
-        let answer = self.call(|stall| stall.puts, |state| {
-            if request.epoch < state.epoch {
-                return Err(NodeError::StaleEpoch { current: state.epoch });
-            }
-            if state.is_full {
-                return Err(NodeError::NoSpace);
-            }
-            let bytes = joined(&request.data);
-            assert_eq!(request.hash, *blake3::hash(&bytes).as_bytes(), "the hash is that of the bytes");
-            state.shards.insert(shard, Shard { bytes, hash: request.hash, ..Shard::default() });
-            state.puts_running.insert(shard);
-            Ok(())
-        });
+        let answer = self.call(
+            |stall| stall.puts,
+            |state| {
+                if request.epoch < state.epoch {
+                    return Err(NodeError::StaleEpoch { current: state.epoch });
+                }
+                if state.is_full {
+                    return Err(NodeError::NoSpace);
+                }
+                let bytes = joined(&request.data);
+                assert_eq!(request.hash, *blake3::hash(&bytes).as_bytes(), "the hash is that of the bytes");
+                state.shards.insert(shard, Shard { bytes, hash: request.hash, ..Shard::default() });
+                state.puts_running.insert(shard);
+                Ok(())
+            },
+        );
         let state = Arc::clone(&self.state);
         Box::pin(async move {
             let result = answer.await;
@@ -228,36 +241,48 @@ impl NodeApi for FakeNode {
 
     fn repair_shard(&self, _: DeviceId, shard: ShardId, offset: u64, data: Buf) -> NodeResult<()> {
         assert!(data.is_aligned(4096) && offset.is_multiple_of(4096));
-        self.call(|_| false, |state| {
-            let found = state.shards.get_mut(&shard).filter(|found| !found.open).ok_or(NodeError::NotFound)?;
-            found.bytes[offset as usize..offset as usize + data.len()].copy_from_slice(&data);
-            let blocks = offset / 4096..(offset + data.len() as u64) / 4096;
-            state.repairs += blocks.end - blocks.start;
-            state.unreadable.retain(|&(of, block)| of != shard || !blocks.contains(&block));
-            Ok(())
-        })
+        self.call(
+            |_| false,
+            |state| {
+                let found = state.shards.get_mut(&shard).filter(|found| !found.open).ok_or(NodeError::NotFound)?;
+                found.bytes[offset as usize..offset as usize + data.len()].copy_from_slice(&data);
+                let blocks = offset / 4096..(offset + data.len() as u64) / 4096;
+                state.repairs += blocks.end - blocks.start;
+                state.unreadable.retain(|&(of, block)| of != shard || !blocks.contains(&block));
+                Ok(())
+            },
+        )
     }
 
     fn shard_info(&self, _: DeviceId, shard: ShardId) -> NodeResult<ShardInfo> {
-        self.call(|_| false, |state| {
-            let found = state.shards.get(&shard).ok_or(NodeError::NotFound)?;
-            Ok(ShardInfo { shard, bytes: found.bytes.len() as u64, hash: found.hash, open: found.open })
-        })
+        self.call(
+            |_| false,
+            |state| {
+                let found = state.shards.get(&shard).ok_or(NodeError::NotFound)?;
+                Ok(ShardInfo { shard, bytes: found.bytes.len() as u64, hash: found.hash, open: found.open })
+            },
+        )
     }
 
     fn verify_shard(&self, _: DeviceId, shard: ShardId) -> NodeResult<()> {
-        self.call(|_| false, |state| {
-            let found = state.shards.get(&shard).ok_or(NodeError::NotFound)?;
-            if *blake3::hash(&found.bytes).as_bytes() == found.hash { Ok(()) } else { Err(NodeError::Corrupt) }
-        })
+        self.call(
+            |_| false,
+            |state| {
+                let found = state.shards.get(&shard).ok_or(NodeError::NotFound)?;
+                if *blake3::hash(&found.bytes).as_bytes() == found.hash { Ok(()) } else { Err(NodeError::Corrupt) }
+            },
+        )
     }
 
     fn delete_segments(&self, segments: Vec<SegmentName>) -> NodeResult<()> {
-        self.call(|_| false, |state| {
-            state.shards.retain(|shard, _| !segments.contains(&shard.segment));
-            state.deleted.extend(segments);
-            Ok(())
-        })
+        self.call(
+            |_| false,
+            |state| {
+                state.shards.retain(|shard, _| !segments.contains(&shard.segment));
+                state.deleted.extend(segments);
+                Ok(())
+            },
+        )
     }
 
     fn list_shards(&self, _: DeviceId, _: VolumeId, _: Option<ShardId>, _: u32) -> NodeResult<Vec<ShardInfo>> {
@@ -272,10 +297,13 @@ impl NodeApi for FakeNode {
         offset: u64,
         data: Vec<Buf>,
     ) -> NodeResult<u64> {
-        self.call(|stall| stall.appends, |state| {
-            state.live(incarnation)?;
-            if state.is_full { Err(NodeError::NoSpace) } else { state.append(shard, offset, &data) }
-        })
+        self.call(
+            |stall| stall.appends,
+            |state| {
+                state.live(incarnation)?;
+                if state.is_full { Err(NodeError::NoSpace) } else { state.append(shard, offset, &data) }
+            },
+        )
     }
 
     fn finish_shard(
@@ -286,13 +314,16 @@ impl NodeApi for FakeNode {
         bytes: u64,
         hash: [u8; 32],
     ) -> NodeResult<()> {
-        self.call(|_| false, |state| {
-            state.live(incarnation)?;
-            let found = state.shards.get_mut(&shard).ok_or(NodeError::NotFound)?;
-            assert_eq!(found.bytes.len() as u64, bytes, "finished at its length");
-            assert_eq!(*blake3::hash(&found.bytes).as_bytes(), hash, "the hash is that of the bytes");
-            (found.open, found.hash) = (false, hash);
-            Ok(())
-        })
+        self.call(
+            |_| false,
+            |state| {
+                state.live(incarnation)?;
+                let found = state.shards.get_mut(&shard).ok_or(NodeError::NotFound)?;
+                assert_eq!(found.bytes.len() as u64, bytes, "finished at its length");
+                assert_eq!(*blake3::hash(&found.bytes).as_bytes(), hash, "the hash is that of the bytes");
+                (found.open, found.hash) = (false, hash);
+                Ok(())
+            },
+        )
     }
 }

@@ -92,3 +92,22 @@ async fn when_everything_is_slow_only_a_part_is_asked_twice() {
     let wrong: Vec<StoreError> = found.into_iter().filter_map(Result::err).collect();
     assert_eq!(wrong, []);
 }
+
+#[tokio::test]
+async fn a_stalled_device_does_not_hold_up_the_search_for_damage() {
+    let cluster = Cluster::new(Scheme::rs(4, 2).unwrap(), 0);
+    let body = Dice(7).bytes(1 << 20);
+    cluster.seal(segment(1), &body).await.unwrap();
+    cluster.stall(5, STALLED);
+    cluster.damage(segment(1), 0, 3);
+    // Five sources at most: the damaged block is rebuilt from four right ones without the stalled device.
+    assert!(*cluster.read_blocks(segment(1), &body, 0, 4096).await.unwrap() == body[..4096]);
+    cluster.until(|cluster| cluster.pool.stats().repaired_blocks == 1).await;
+    cluster.damage(segment(1), 0, 3);
+    cluster.damage(segment(1), 1, 3);
+    // Now the stalled one would be needed: it may come back, so the owner is told to wait, not that all is lost.
+    let found = cluster.read_blocks(segment(1), &body, 0, 4096).await;
+    assert_eq!(found.unwrap_err(), StoreError::TooFew { found: 3, needed: 4 });
+    cluster.stall(5, Stall::default());
+    assert!(*cluster.read_blocks(segment(1), &body, 0, 4096).await.unwrap() == body[..4096]);
+}

@@ -1,4 +1,5 @@
 //! The pool's promises, kept on nodes in memory that fail as told.
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "tests make their own runtime")]
 
 mod cluster;
 mod damage;
@@ -7,5 +8,6 @@ mod holes;
 mod late;
 mod members;
 mod read;
+mod real;
 mod rows;
 mod seal;

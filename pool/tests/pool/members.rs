@@ -4,9 +4,7 @@ use crate::cluster::{Cluster, Dice, device, schemes, segment};
 use lsm_block::store::{SegmentStore, StoreError};
 use std::collections::BTreeMap;
 use xsan_env::Buf;
-use xsan_types::{
-    DeviceId, FlushRequest, Generation, Incarnation, MemberRef, RegisterView, Scheme, SetId, VolumeId,
-};
+use xsan_types::{DeviceId, FlushRequest, Generation, Incarnation, MemberRef, RegisterView, Scheme, SetId, VolumeId};
 use xsan_wire::node::NodeError;
 
 fn rs42() -> Scheme {

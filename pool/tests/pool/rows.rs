@@ -50,7 +50,8 @@ async fn rows_and_footer_give_the_shards_of_a_seal() {
             }
             writer.finish(aligned(&body[rows * row..])).await.unwrap();
             for index in 0..scheme.width() {
-                let (sealed, rows) = (cluster.shard(segment(1), index).unwrap(), cluster.shard(segment(2), index).unwrap());
+                let (sealed, rows) =
+                    (cluster.shard(segment(1), index).unwrap(), cluster.shard(segment(2), index).unwrap());
                 assert!(sealed.bytes == rows.bytes && sealed.hash == rows.hash && !rows.open, "{scheme} {index}");
             }
             cluster.check_reads(segment(2), &body, &mut dice, 3, "finished").await;
