@@ -17,6 +17,7 @@ pub fn eventually(seconds: u64, what: &str, mut holds: impl FnMut() -> Result<()
             Ok(()) => return,
             Err(seen) => assert!(Instant::now() < end, "{what}: not within {seconds} s; last seen: {seen}"),
         }
+        // tidy-allow(sleep): the pause between two looks at a condition of another process
         std::thread::sleep(PAUSE);
     }
 }
