@@ -105,7 +105,7 @@ fn flush_of(at: MemberRef, replicas: Vec<(SegmentName, u64)>) -> FlushRequest {
 }
 
 fn line(number: u64) -> SealedSegment {
-    SealedSegment { name: segment(number), bytes: 8192, footer_offset: 4096, footer_crc: Crc32c(1) }
+    SealedSegment { name: segment(number), bytes: 8192, footer_offset: 4096, footer_crc: Crc32c(1), holes: 0 }
 }
 
 fn shard(number: u64) -> PutShard {

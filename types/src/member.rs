@@ -48,9 +48,17 @@ pub struct SealedSegment {
     pub footer_offset: u64,
     /// CRC-32C of the footer's bytes (`footer_offset..bytes`).
     pub footer_crc: Crc32c,
+    /// Positions whose devices were away at the seal, a bit per shard index: a taker goes on filling them.
+    pub holes: u64,
 }
 
 impl SealedSegment {
+    /// The positions of [`SealedSegment::holes`].
+    #[must_use]
+    pub fn missing(&self) -> Vec<ShardIndex> {
+        (0..64).filter(|index| self.holes >> index & 1 == 1).map(ShardIndex).collect()
+    }
+
     /// Data blocks before the footer.
     #[must_use]
     pub fn blocks(&self) -> u64 {

@@ -239,10 +239,16 @@ impl Segments {
     }
 
     pub fn get(&self, number: u64) -> Option<SegmentRecord> {
-        let holes = holes_of(self.holes.get(&number).copied().unwrap_or(0));
+        let missing = self.holes.get(&number).copied().unwrap_or(0);
+        let holes = holes_of(missing);
         if let Some(one) = self.index.get(&number) {
-            let sealed =
-                SealedSegment { name: one.name, bytes: one.bytes, footer_offset: one.bytes, footer_crc: Crc32c(0) };
+            let sealed = SealedSegment {
+                name: one.name,
+                bytes: one.bytes,
+                footer_offset: one.bytes,
+                footer_crc: Crc32c(0),
+                holes: missing,
+            };
             return Some(SegmentRecord { sealed, live: one.live, holes, kind: SegmentKind::Index });
         }
         let line = &self.lines[self.position(number).ok()?];
@@ -251,6 +257,7 @@ impl Segments {
             bytes: line.bytes,
             footer_offset: line.footer_offset,
             footer_crc: line.footer_crc,
+            holes: missing,
         };
         Some(SegmentRecord { sealed, live: line.live, holes, kind: SegmentKind::Data })
     }

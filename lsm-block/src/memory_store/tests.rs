@@ -112,7 +112,8 @@ fn sealing_a_replica_with_a_gap_is_a_bug() {
     let at = member(&store, 1);
     now(store.append(at, name(1), 4096, block(2))).unwrap();
     now(store.seal(name(1), vec![block(1), block(2)])).unwrap();
-    let sealed = SealedSegment { name: name(1), bytes: 8192, footer_offset: 4096, footer_crc: crc32c(&[2; 4096]) };
+    let sealed =
+        SealedSegment { name: name(1), bytes: 8192, footer_offset: 4096, footer_crc: crc32c(&[2; 4096]), holes: 0 };
     drop(now(store.sealed(at, sealed)));
 }
 

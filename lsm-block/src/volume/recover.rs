@@ -189,7 +189,8 @@ impl Recovery<'_> {
             self.largest_number = self.largest_number.max(sealed.name.number);
             let footer = self.read_footer(sealed).await?;
             self.index.apply(&changes_of(&footer));
-            self.index.segment_sealed(*sealed, Vec::new());
+            // What was missing at its seal may have been filled since; filling a position that is there changes nothing.
+            self.index.segment_sealed(*sealed, sealed.missing());
         }
         let open: BTreeSet<SegmentName> = journal
             .members

@@ -141,6 +141,7 @@ pub(super) fn sealed_line(footer: &Footer, bytes: &[u8]) -> SealedSegment {
         bytes: footer_offset + bytes.len() as u64,
         footer_offset,
         footer_crc: crc32c(bytes),
+        holes: 0,
     }
 }
 

@@ -566,8 +566,15 @@ impl Writer {
     }
 
     /// Shards of `number` are there: enter the name in the manifests (P6).
-    fn shards_written(&mut self, number: u64, sealed: SealedSegment, holes: Holes, changes: Vec<crate::index::Change>) {
+    fn shards_written(
+        &mut self,
+        number: u64,
+        mut sealed: SealedSegment,
+        holes: Holes,
+        changes: Vec<crate::index::Change>,
+    ) {
         count(&self.shared.counters.seals, 1);
+        sealed.holes = holes.0.iter().fold(0, |bits, index| bits | 1 << index.0);
         let stage = Stage::Manifest { sealed, holes, changes, answered: 0 };
         if let Some(segment) = self.segments.get_mut(&number) {
             segment.stage = stage;
