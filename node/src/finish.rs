@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use xsan_env::Env;
 use xsan_env::runtime::BoxFuture;
+use xsan_wire::node::NodeError;
 
 /// Runs `inner` on as a task if this is dropped before it is done.
 pub(crate) struct Finish<T: Send + 'static> {
@@ -16,6 +17,20 @@ impl<T: Send + 'static> Finish<T> {
     pub(crate) fn boxed(env: &Env, inner: impl Future<Output = T> + Send + 'static) -> BoxFuture<'static, T> {
         Box::pin(Self { env: env.clone(), inner: Some(Box::pin(inner)) })
     }
+}
+
+/// Runs `call` as a task of its own. For everything that takes the log's lock or leads a flush: a caller that does not
+/// poll for a while must not hold up the others.
+pub(crate) fn spawned<T: Send + 'static>(
+    env: &Env,
+    call: impl Future<Output = Result<T, NodeError>> + Send + 'static,
+) -> BoxFuture<'static, Result<T, NodeError>> {
+    let (done, outcome) = tokio::sync::oneshot::channel();
+    drop(env.spawn("node-call", async move {
+        let _ = done.send(call.await);
+    }));
+    // Without an outcome the world is ending.
+    Box::pin(async move { outcome.await.unwrap_or(Err(NodeError::Unavailable)) })
 }
 
 impl<T: Send + 'static> Future for Finish<T> {

@@ -2,7 +2,7 @@
 
 use crate::counters::count;
 use crate::device::{Device, Running};
-use crate::finish::Finish;
+use crate::finish::{Finish, spawned};
 use crate::format::LogRecord;
 use crate::state::{Member, map_range};
 use std::sync::Arc;
@@ -24,7 +24,7 @@ impl Device {
     pub(crate) fn create_member(self: &Arc<Self>, request: CreateMember) -> NodeResult<CreatedMember> {
         let device = Arc::clone(self);
         let running = Running::new(self);
-        Finish::boxed(&self.env, async move {
+        spawned(&self.env, async move {
             let _running = running;
             device.check_writable()?;
             let made = CreatedMember { incarnation: device.incarnation, sector: device.sector };
@@ -132,7 +132,8 @@ impl Device {
                 }
                 // The reservation must be on the device before the bytes in it count.
                 let record = LogRecord::ReplicaGrew { volume, set, segment, extents: grown };
-                device.commit(vec![record]).await.map(|_| ())
+                let log = Arc::clone(&device);
+                spawned(&device.env, async move { log.commit(vec![record]).await.map(|_| ()) }).await
             };
             let (written, logged) = futures::join!(write, logged);
             let mut inner = device.lock();
@@ -160,7 +161,7 @@ impl Device {
     pub(crate) fn flush_request(self: &Arc<Self>, request: FlushRequest) -> NodeResult<()> {
         count(&self.counters.flush_requests, 1);
         let device = Arc::clone(self);
-        Finish::boxed(&self.env, async move {
+        spawned(&self.env, async move {
             loop {
                 let progress = device.progress.notified();
                 let mut progress = std::pin::pin!(progress);
@@ -309,7 +310,7 @@ impl Device {
     pub(crate) fn sealed(self: &Arc<Self>, at: MemberRef, segment: SealedSegment) -> NodeResult<()> {
         let device = Arc::clone(self);
         let running = Running::new(self);
-        Finish::boxed(&self.env, async move {
+        spawned(&self.env, async move {
             let _running = running;
             device.check_writable()?;
             {
@@ -331,7 +332,7 @@ impl Device {
     pub(crate) fn trim_manifest(self: &Arc<Self>, at: MemberRef, border: u64, undecided: Vec<u64>) -> NodeResult<()> {
         let device = Arc::clone(self);
         let running = Running::new(self);
-        Finish::boxed(&self.env, async move {
+        spawned(&self.env, async move {
             let _running = running;
             {
                 let mut inner = device.lock();
@@ -346,7 +347,7 @@ impl Device {
     pub(crate) fn registered(self: &Arc<Self>, view: RegisterView) -> NodeResult<()> {
         let device = Arc::clone(self);
         let running = Running::new(self);
-        Finish::boxed(&self.env, async move {
+        spawned(&self.env, async move {
             let _running = running;
             device.check_writable()?;
             if view.deleted {

@@ -159,7 +159,7 @@ impl Node {
     /// Calls all devices, one after the other; the first error wins, all are called.
     fn on_all(&self, call: impl Fn(Arc<Device>) -> NodeResult<()> + Send + 'static) -> NodeResult<()> {
         let devices: Vec<Arc<Device>> = self.devices.values().cloned().collect();
-        crate::finish::Finish::boxed(&self.env, async move {
+        crate::finish::spawned(&self.env, async move {
             let mut outcome = Ok(());
             for device in devices {
                 outcome = outcome.and(call(device).await);

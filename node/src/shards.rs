@@ -2,7 +2,7 @@
 
 use crate::counters::count;
 use crate::device::{Device, Running};
-use crate::finish::Finish;
+use crate::finish::{Finish, spawned};
 use crate::format::{LogRecord, SHARD_HEADER_BYTES, ShardEntry};
 use crate::state::{Growing, OpenShard, map_range};
 use std::sync::Arc;
@@ -23,7 +23,7 @@ impl Device {
         count(&self.counters.shard_puts, 1);
         let device = Arc::clone(self);
         let running = Running::new(self);
-        Finish::boxed(&self.env, async move {
+        spawned(&self.env, async move {
             let _running = running;
             device.check_writable()?;
             let bytes: u64 = request.data.iter().map(|piece| piece.len() as u64).sum();
@@ -105,7 +105,7 @@ impl Device {
     pub(crate) fn repair_shard(self: &Arc<Self>, shard: ShardId, offset: u64, data: Buf) -> NodeResult<()> {
         let device = Arc::clone(self);
         let running = Running::new(self);
-        Finish::boxed(&self.env, async move {
+        spawned(&self.env, async move {
             let _running = running;
             device.check_writable()?;
             count(&device.counters.corrupt_found, 1);
@@ -342,7 +342,8 @@ impl Device {
                     return Ok(());
                 }
                 let record = LogRecord::OpenShardGrew { shard, boot: device.boot, incarnation, extents: grown };
-                device.commit(vec![record]).await.map(|_| ())
+                let log = Arc::clone(&device);
+                spawned(&device.env, async move { log.commit(vec![record]).await.map(|_| ()) }).await
             };
             let (written, logged) = futures::join!(write, logged);
             let mut inner = device.lock();
@@ -374,7 +375,7 @@ impl Device {
     ) -> NodeResult<()> {
         let device = Arc::clone(self);
         let running = Running::new(self);
-        Finish::boxed(&self.env, async move {
+        spawned(&self.env, async move {
             let _running = running;
             device.check_writable()?;
             let extents = {

@@ -15,6 +15,8 @@ use xsan_types::{BLOCK_BYTES, Crc32c, SealedSegment, SegmentName, crc32c};
 
 /// How long to wait for nodes to come back before a seal is tried again, if no change is reported.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Pause between two looks at segments that miss positions.
+const HOLES_RETRY_AFTER: Duration = Duration::from_secs(2);
 /// Blocks read at once when rows are written elsewhere.
 const EVACUATE_BLOCKS: usize = 256;
 
@@ -82,29 +84,43 @@ impl Writer {
         }));
     }
 
-    /// Fills holes, one segment at a time, while the devices allow it.
+    /// Fills holes, one segment after the other, from the first on.
     pub(super) fn look_after_holes(&mut self) {
+        self.holes_after = 0;
+        self.fill_next_hole();
+    }
+
+    pub(super) fn fill_next_hole(&mut self) {
         if self.filling_holes {
             return;
         }
-        let Some(record) = self.shared.index.segments_with_holes().into_iter().next() else { return };
+        let missing = self.shared.index.segments_with_holes();
+        let next = missing.iter().find(|record| record.sealed.name.number > self.holes_after);
+        let Some(record) = next else {
+            if !missing.is_empty() {
+                // Nodes are still away, or something failed: another look later.
+                self.filling_holes = true;
+                let sleep = self.shared.env.sleep(HOLES_RETRY_AFTER);
+                self.events.push(Box::pin(async move {
+                    sleep.await;
+                    Event::HolesAgain
+                }));
+            }
+            return;
+        };
         self.filling_holes = true;
         let (name, number) = (record.sealed.name, record.sealed.name.number);
-        let fill = self.shared.store.fill_holes(name, record.sealed.bytes, Holes(record.holes));
+        let fill = self.shared.store.fill_holes(name, record.sealed.bytes, Holes(record.holes.clone()));
         self.events.push(Box::pin(async move { Event::HolesFilled { number, holes: fill.await.ok() } }));
     }
 
     pub(super) fn holes_filled(&mut self, number: u64, holes: Option<Holes>) {
         self.filling_holes = false;
-        let before = self.shared.index.segment(number).map_or(0, |record| record.holes.len());
+        self.holes_after = self.holes_after.max(number);
         if let Some(holes) = holes {
-            let progress = holes.0.len() < before;
             self.shared.index.set_holes(number, holes.0);
-            // No progress: wait for the next change of the nodes.
-            if progress {
-                self.look_after_holes();
-            }
         }
+        self.fill_next_hole();
     }
 }
 

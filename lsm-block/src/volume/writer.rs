@@ -49,6 +49,8 @@ pub(super) enum Event {
     NodesChanged,
     /// Holes of a segment were looked after.
     HolesFilled { number: u64, holes: Option<Holes> },
+    /// Some segments still miss positions.
+    HolesAgain,
     /// The tail of a shrunk volume is discarded (or nothing was to discard): the size can be registered.
     SizeReady { size: u64, done: Done },
     /// Done, nothing to do.
@@ -126,6 +128,8 @@ pub(super) struct Writer {
     /// The last thing that failed for want of room: new writes are refused until an append succeeds.
     pub full: bool,
     pub filling_holes: bool,
+    /// Segments up to this number were looked at in this pass.
+    pub holes_after: u64,
     /// Sizes that can be registered.
     pub sizes: VecDeque<(u64, Done)>,
 }
@@ -165,6 +169,7 @@ impl Writer {
             grow: false,
             full: false,
             filling_holes: false,
+            holes_after: 0,
             sizes: VecDeque::new(),
             shared,
         }
@@ -247,6 +252,10 @@ impl Writer {
                 self.grow_set();
             }
             Event::HolesFilled { number, holes } => self.holes_filled(number, holes),
+            Event::HolesAgain => {
+                self.filling_holes = false;
+                self.look_after_holes();
+            }
             Event::SizeReady { size, done } => self.sizes.push_back((size, done)),
             Event::Nothing => {}
         }
@@ -631,14 +640,15 @@ impl Writer {
             }
         };
         let Stage::Manifest { sealed, holes, changes, .. } = stage else { unreachable!("sealed after its manifests") };
-        if !holes.0.is_empty() {
-            tracing::info!(segment = %sealed.name, holes = holes.0.len(), "sealed with missing positions");
-        }
+        let incomplete = !holes.0.is_empty();
         // First the live list, then the open table: a reader that misses it here finds it there.
         self.shared.index.segment_sealed(sealed, holes.0);
         self.shared.index.apply(&changes);
         self.shared.open.lock().expect("open lock").remove(&number);
         self.manifest.push(sealed);
+        if incomplete {
+            self.fill_next_hole();
+        }
     }
 
     async fn advance_close(&mut self) {
