@@ -286,9 +286,16 @@ fn a_flush_that_began_earlier_does_not_count() {
         bench.disk.fault_nth(Operation::Flush, 1, Fault::Stall);
         let mut first = node.flush(flush_of(at, vec![(segment(1), 512)]));
         assert!(futures::poll!(&mut first).is_pending());
+        // Until the device flush of the first request has begun.
+        while bench.disk.in_flight() == 0 {
+            xsan_env::yield_now().await;
+        }
         node.append(at, segment(1), 512, bytes(2, 512)).await.unwrap();
         let mut second = node.flush(flush_of(at, vec![(segment(1), 1024)]));
         assert!(futures::poll!(&mut second).is_pending());
+        for _ in 0..10 {
+            xsan_env::yield_now().await;
+        }
         let before = bench.disk.counters().flushes;
         bench.disk.release_stalled();
         assert!(first.await.is_ok() && second.await.is_ok());

@@ -24,7 +24,7 @@ enum Tables {
     Affine(Vec<u64>),
 }
 
-/// `outputs[r] = sum over c of matrix[r][c] * inputs[c]`, ready to run. At most 128 KiB (half-byte tables of 64 x 64).
+/// `outputs[r] = sum over c of matrix[r][c] * inputs[c]`, ready to run. At most 32 KiB: half-byte tables of 32 x 32.
 #[derive(Debug)]
 pub(crate) struct Program {
     kernel: Usable,
