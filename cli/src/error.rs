@@ -102,8 +102,6 @@ impl ClusterError {
             Self::Closing => ErrorKind::Closed,
             Self::Busy(_) => ErrorKind::Unavailable,
             Self::Node { .. } => ErrorKind::Unavailable,
-            // Asking for more failure domains than there are: not a thing that passes by waiting.
-            Self::Meta(MetaError::Placement(_)) => ErrorKind::Invalid,
             Self::Meta(error) => error.kind(),
             Self::Format(error) => error.kind(),
             Self::Volume(error) => error.kind(),
