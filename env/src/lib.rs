@@ -2,7 +2,7 @@
 //!
 //! Everything above asks an [`Env`] for these and for nothing else, so that the same node, pool, volume and metadata
 //! code runs on an operating system and, from one seed, in the simulator. Reading order: [`runtime`], [`buf`], [`disk`],
-//! [`file`], [`net`], [`metrics`]; then what stands behind them: [`os`], [`os_disk`], [`memory`].
+//! [`mod@file`], [`net`], [`metrics`]; then what stands behind them: [`os`], [`os_disk`], [`memory`].
 
 #![allow(
     clippy::disallowed_methods,

@@ -1,7 +1,7 @@
 //! A storage node: devices with their log, allocator, journal members, shards and open shards.
 //!
 //! [`Node`] implements [`xsan_wire::NodeApi`] over any [`xsan_env::Disk`]. Bytes: docs/format/device.md. Reading order:
-//! [`format`], [`allocator`], [`state`], [`shard_index`], [`device`], [`node`].
+//! [`mod@format`], [`allocator`], [`state`], [`shard_index`], [`device`], [`node`].
 #![forbid(unsafe_code)]
 
 pub mod allocator;

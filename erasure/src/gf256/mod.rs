@@ -46,7 +46,7 @@ const EXP: [u8; 510] = {
     table
 };
 
-/// `LOG[x]` with 2^LOG[x] = x; `LOG[0]` is not meaningful.
+/// `LOG[x]` with 2 to that power is x; `LOG[0]` is not meaningful.
 const LOG: [u8; 256] = {
     let mut table = [0; 256];
     let mut at = 0;

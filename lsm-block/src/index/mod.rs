@@ -10,7 +10,7 @@
 //! - Segments of frozen changes are sealed ([`Index::segment_sealed`]) before [`Index::build_checkpoint`].
 //! - A segment below the border holds nothing that was first applied after the freeze. (Checked; replay would miss it.)
 //!
-//! Reading order: [`entry`], [`delta`], [`segments`], [`format`], [`pages`], [`lookup`], [`overlay`], [`build`],
+//! Reading order: [`entry`], [`delta`], [`segments`], [`mod@format`], [`pages`], [`lookup`], [`overlay`], [`build`],
 //! [`checkpoint`].
 
 mod build;
