@@ -3,6 +3,7 @@
 use crate::allocator::Allocator;
 use crate::counters::{Counters, count};
 use crate::error::NodeOpenError;
+use crate::finish::spawned;
 use crate::flush::FlushGate;
 use crate::format::{Extent, LogRecord, SHARD_HEADER_BYTES, ShardEntry, Superblock, UNIT, Unreadable};
 use crate::log::{Log, read_superblock};
@@ -17,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use tokio::sync::{Mutex as AsyncMutex, Notify};
 use xsan_env::{Buf, BufPool, Disk, Env};
 use xsan_types::{ClusterId, DeviceId, Generation, Incarnation, ShardId, VolumeId};
-use xsan_wire::node::{DeviceStatus, NodeError};
+use xsan_wire::node::{DeviceStatus, NodeError, NodeResult};
 
 /// Shard locations kept in memory.
 const LOCATIONS_MAX: usize = 64 << 10;
@@ -58,8 +59,23 @@ pub(crate) struct Inner {
     /// The newest generation each volume was closed for, in memory only: a restart closes all members anyway (H1).
     pub(crate) closed_below: BTreeMap<VolumeId, Generation>,
     locations: Locations,
+    /// Records whose effect is in `state` already, in the order of that; the next log frame begins with them. Several
+    /// growths of one replica run at a time: read back in another order, its bytes would be found in the wrong places.
+    unlogged: Vec<LogRecord>,
+    /// Records of the log that the shard index does not show yet, by number. A new log half repeats them.
+    unindexed: BTreeMap<u64, LogRecord>,
+    next_unindexed: u64,
     pub(crate) shards: u64,
     pub(crate) allocation: u64,
+}
+
+/// What a log frame did.
+#[must_use]
+pub(crate) struct Committed {
+    /// Space that is free once the frame is stable; for [`Device::give_back`].
+    pub(crate) freed: Vec<Extent>,
+    /// What the caller has to bring into the shard index; for [`Device::indexed`].
+    unindexed: Vec<u64>,
 }
 
 pub(crate) struct Device {
@@ -136,8 +152,17 @@ impl Device {
         for member in state.members.values_mut() {
             member.closed = true;
         }
-        let inner =
-            Inner { state, space, closed_below: BTreeMap::new(), locations: Locations::default(), shards, allocation };
+        let inner = Inner {
+            state,
+            space,
+            closed_below: BTreeMap::new(),
+            locations: Locations::default(),
+            unlogged: Vec::new(),
+            unindexed: BTreeMap::new(),
+            next_unindexed: 0,
+            shards,
+            allocation,
+        };
         Ok(Arc::new(Self {
             env: env.clone(),
             id: superblock.device,
@@ -251,11 +276,16 @@ impl Device {
         }
     }
 
-    /// Writes records to the log and makes them part of the state, in one step for everybody else. Space they free is
-    /// *not* given back yet: see [`Device::give_back`].
-    pub(crate) async fn commit(&self, records: Vec<LogRecord>) -> Result<Vec<Extent>, NodeError> {
+    /// Writes records to the log, behind those that wait for it, and makes them part of the state, in one step for
+    /// everybody else. Space they free is *not* given back yet: see [`Device::give_back`].
+    pub(crate) async fn commit(&self, mut records: Vec<LogRecord>) -> Result<Committed, NodeError> {
         let mut log = self.log.lock().await;
         self.check_writable()?;
+        records.splice(0..0, std::mem::take(&mut self.lock().unlogged));
+        if records.is_empty() {
+            // Another frame took along what this call was for.
+            return Ok(Committed { freed: Vec::new(), unindexed: Vec::new() });
+        }
         let flushed = self.flushed_frames.load(Ordering::Relaxed);
         count(&self.counters.log_frames, 1);
         count(&self.counters.device_writes, 1);
@@ -267,20 +297,49 @@ impl Device {
             }
         }
         let mut inner = self.lock();
-        let mut freed = Vec::new();
-        for record in &records {
-            freed.extend(inner.state.apply(record).0);
+        let mut committed = Committed { freed: Vec::new(), unindexed: Vec::new() };
+        for record in records {
+            let (freed, change) = inner.state.apply(&record);
+            committed.freed.extend(freed);
+            if change.is_some() {
+                let number = inner.next_unindexed;
+                inner.next_unindexed += 1;
+                inner.unindexed.insert(number, record);
+                committed.unindexed.push(number);
+            }
         }
-        Ok(freed)
+        Ok(committed)
+    }
+
+    /// Notes a record for the log whose effect is in the state already. The caller commits (nothing more) afterwards.
+    pub(crate) fn log_next(inner: &mut Inner, record: LogRecord) {
+        inner.unlogged.push(record);
+    }
+
+    /// Writes what waits for the log, as a task: growing something must not depend on who polls its append.
+    pub(crate) fn commit_unlogged(self: &Arc<Self>) -> NodeResult<()> {
+        let device = Arc::clone(self);
+        spawned(&self.env, async move { device.commit(Vec::new()).await.map(|_| ()) })
+    }
+
+    /// The shard index shows what was committed.
+    pub(crate) fn indexed(&self, committed: &Committed) {
+        let mut inner = self.lock();
+        for number in &committed.unindexed {
+            inner.unindexed.remove(number);
+        }
     }
 
     async fn flip(&self, log: &mut Log) -> Result<(), NodeError> {
-        // The shard records of the old half live on in the index alone.
+        // The shard records of the old half live on in the index alone, those that are on their way into it in the new
+        // half. (Taken first: what reaches the index from now on is repeated, which changes nothing.)
+        let unindexed: Vec<LogRecord> = self.lock().unindexed.values().cloned().collect();
         let index = Arc::clone(&self.index);
         if let Err(error) = self.env.blocking(move || index.persist()).await {
             return Err(self.fail("the shard index", &std::io::Error::other(error)));
         }
-        let snapshot = self.lock().state.snapshot();
+        let mut snapshot = self.lock().state.snapshot();
+        snapshot.extend(unindexed);
         log.flip(&snapshot).await.map_err(|error| self.fail("a log flip", &error))?;
         self.flushed_frames.store(log.sequence(), Ordering::Relaxed);
         count(&self.counters.device_flushes, 4);
@@ -348,8 +407,22 @@ impl Device {
 
     /// Where a sealed shard lies.
     pub(crate) async fn locate(&self, shard: ShardId) -> Result<Option<Arc<ShardEntry>>, NodeError> {
-        if let Some(entry) = self.lock().locations.get(&shard) {
-            return Ok(Some(Arc::clone(entry)));
+        {
+            let inner = self.lock();
+            if let Some(entry) = inner.locations.get(&shard) {
+                return Ok(Some(Arc::clone(entry)));
+            }
+            // Committed, and not in the index yet: the newest word counts.
+            for record in inner.unindexed.values().rev() {
+                match record {
+                    LogRecord::ShardPut { shard: put, entry } if *put == shard => {
+                        return Ok(Some(Arc::new(entry.clone())));
+                    }
+                    LogRecord::SegmentsFreed { segments } if segments.contains(&shard.segment) => return Ok(None),
+                    LogRecord::VolumeFreed { volume } if *volume == shard.segment.volume => return Ok(None),
+                    _ => {}
+                }
+            }
         }
         let index = Arc::clone(&self.index);
         let entry = self.index_call(move || index.get(shard)).await?;

@@ -48,7 +48,7 @@ impl Device {
                 incarnation: device.incarnation,
                 manifest: request.manifest,
             };
-            device.commit(vec![record]).await?;
+            let _ = device.commit(vec![record]).await?;
             device.flush().await?;
             Ok(made)
         })
@@ -96,7 +96,7 @@ impl Device {
         if bytes == 0 || !offset.is_multiple_of(sector) || !bytes.is_multiple_of(sector) {
             return Err(NodeError::Invalid);
         }
-        let (ranges, grown) = {
+        let (ranges, has_grown) = {
             let mut inner = self.lock();
             let member = self.live(&mut inner, at)?;
             let (reserved, contiguous) =
@@ -118,24 +118,26 @@ impl Device {
             replica.grow(grown.clone());
             let ranges = map_range(&replica.extents, offset, bytes).ok_or(NodeError::Invalid)?;
             member.in_flight += 1;
-            (ranges, grown)
+            let has_grown = !grown.is_empty();
+            if has_grown {
+                let (volume, set) = (at.volume, at.set);
+                Self::log_next(&mut inner, LogRecord::ReplicaGrew { volume, set, segment, extents: grown });
+            }
+            (ranges, has_grown)
         };
         let write = self.start_write(&ranges, vec![data]);
+        // The reservation must be in the log before the bytes in it count.
+        let logged = has_grown.then(|| self.commit_unlogged());
         let device = Arc::clone(self);
         let running = Running::new(self);
         let (volume, set) = (at.volume, at.set);
         Ok(Finish::boxed(&self.env, async move {
             let _running = running;
-            let logged = async {
-                if grown.is_empty() {
-                    return Ok(());
-                }
-                // The reservation must be on the device before the bytes in it count.
-                let record = LogRecord::ReplicaGrew { volume, set, segment, extents: grown };
-                let log = Arc::clone(&device);
-                spawned(&device.env, async move { log.commit(vec![record]).await.map(|_| ()) }).await
+            let written = write.await;
+            let logged = match logged {
+                Some(logged) => logged.await,
+                None => Ok(()),
             };
-            let (written, logged) = futures::join!(write, logged);
             let mut inner = device.lock();
             let member = inner.state.members.get_mut(&(volume, set));
             let outcome = match member {
@@ -321,9 +323,9 @@ impl Device {
                 }
             }
             let record = LogRecord::Sealed { volume: at.volume, set: at.set, segment };
-            let freed = device.commit(vec![record]).await?;
+            let committed = device.commit(vec![record]).await?;
             device.flush().await?;
-            device.give_back(&freed);
+            device.give_back(&committed.freed);
             let mut inner = device.lock();
             device.live(&mut inner, &at).map(|_| ())
         })
@@ -383,9 +385,9 @@ impl Device {
             if records.is_empty() {
                 return Ok(());
             }
-            let freed = device.commit(records).await?;
+            let committed = device.commit(records).await?;
             device.flush().await?;
-            device.give_back(&freed);
+            device.give_back(&committed.freed);
             Ok(())
         })
     }

@@ -1,7 +1,7 @@
 //! Shards and open shards on one device (P6, P7, P9).
 
 use crate::counters::count;
-use crate::device::{Device, Running};
+use crate::device::{Committed, Device, Running};
 use crate::finish::{Finish, spawned};
 use crate::format::{LogRecord, SHARD_HEADER_BYTES, ShardEntry};
 use crate::state::{Growing, OpenShard, map_range};
@@ -41,35 +41,39 @@ impl Device {
                 let extents = inner.space.take(HEADER + bytes).ok_or(NodeError::NoSpace)?;
                 ShardEntry { bytes, hash: request.hash, extents, allocation }
             };
-            let placed = device.place_shard(request.shard, &entry, request.data).await;
-            if placed.is_err() {
-                // Never part of the state (a failed device takes nothing more anyway).
-                if !matches!(placed, Err(NodeError::DeviceFailed)) {
-                    device.give_back(&entry.extents);
-                }
-                return placed;
+            match device.place_shard(request.shard, &entry, request.data).await {
+                Ok(committed) => device.enter_shard(request.shard, entry, old.as_deref(), &committed).await,
+                // Never part of the state. (A failed or dead device gives nothing away any more.)
+                Err(error) => Err(error),
             }
-            device.enter_shard(request.shard, entry, old.as_deref()).await
         })
     }
 
     /// Header, bytes and log record, all stable.
-    async fn place_shard(self: &Arc<Self>, shard: ShardId, entry: &ShardEntry, data: Vec<Buf>) -> Calls<()> {
+    async fn place_shard(self: &Arc<Self>, shard: ShardId, entry: &ShardEntry, data: Vec<Buf>) -> Calls<Committed> {
         let mut pieces = Vec::with_capacity(data.len() + 1);
         pieces.push(self.buffers.copy_of(&entry.header(self.id, shard)));
         pieces.extend(data);
         let ranges = map_range(&entry.extents, 0, HEADER + entry.bytes).ok_or(NodeError::Invalid)?;
         self.start_write(&ranges, pieces).await?;
-        self.commit(vec![LogRecord::ShardPut { shard, entry: entry.clone() }]).await?;
-        self.flush().await
+        let committed = self.commit(vec![LogRecord::ShardPut { shard, entry: entry.clone() }]).await?;
+        self.flush().await?;
+        Ok(committed)
     }
 
     /// Readers find the shard from now on; what it replaces is free.
-    async fn enter_shard(self: &Arc<Self>, shard: ShardId, entry: ShardEntry, old: Option<&ShardEntry>) -> Calls<()> {
+    async fn enter_shard(
+        self: &Arc<Self>,
+        shard: ShardId,
+        entry: ShardEntry,
+        old: Option<&ShardEntry>,
+        committed: &Committed,
+    ) -> Calls<()> {
         let index = Arc::clone(&self.index);
         let stored = entry.clone();
         self.index_call(move || index.put(shard, &stored)).await?;
         self.remember(shard, Arc::new(entry));
+        self.indexed(committed);
         match old {
             Some(old) => self.give_back(&old.extents),
             None => self.lock().shards += 1,
@@ -181,9 +185,10 @@ impl Device {
             busy.map(|(shard, _)| shard.segment).collect()
         };
         let segments: Vec<SegmentName> = segments.into_iter().filter(|segment| !busy.contains(segment)).collect();
-        let freed = self.commit(vec![LogRecord::SegmentsFreed { segments }]).await?;
+        let committed = self.commit(vec![LogRecord::SegmentsFreed { segments }]).await?;
         self.drop_entries(found).await?;
-        self.give_back(&freed);
+        self.indexed(&committed);
+        self.give_back(&committed.freed);
         Ok(())
     }
 
@@ -238,14 +243,15 @@ impl Device {
         if page.is_empty() && !holds {
             return Ok(());
         }
-        let freed = self.commit(vec![LogRecord::VolumeFreed { volume }]).await?;
+        let committed = self.commit(vec![LogRecord::VolumeFreed { volume }]).await?;
         self.flush().await?;
-        self.give_back(&freed);
+        self.give_back(&committed.freed);
         while !page.is_empty() {
             self.drop_entries(page).await?;
             let index = Arc::clone(&self.index);
             page = self.index_call(move || index.volume_page(volume, None, 1024)).await?;
         }
+        self.indexed(&committed);
         Ok(())
     }
 
@@ -297,7 +303,7 @@ impl Device {
         if bytes == 0 || !offset.is_multiple_of(4096) || !bytes.is_multiple_of(4096) {
             return Err(NodeError::Invalid);
         }
-        let (ranges, grown) = {
+        let (ranges, has_grown) = {
             let mut inner = self.lock();
             let below = inner.closed_below.get(&shard.segment.volume);
             if below.is_some_and(|&below| shard.segment.generation < below) {
@@ -329,23 +335,25 @@ impl Device {
             let open = inner.state.open_shards.entry(shard).or_insert(fresh);
             open.space.grow(grown.clone());
             open.in_flight += 1;
-            let ranges = map_range(&open.space.extents, HEADER + offset, bytes);
-            (ranges.ok_or(NodeError::Invalid)?, grown)
+            let ranges = map_range(&open.space.extents, HEADER + offset, bytes).ok_or(NodeError::Invalid)?;
+            let has_grown = !grown.is_empty();
+            if has_grown {
+                let boot = self.boot;
+                Self::log_next(&mut inner, LogRecord::OpenShardGrew { shard, boot, incarnation, extents: grown });
+            }
+            (ranges, has_grown)
         };
         let write = self.start_write(&ranges, data);
+        let logged = has_grown.then(|| self.commit_unlogged());
         let device = Arc::clone(self);
         let running = Running::new(self);
         Ok(Finish::boxed(&self.env, async move {
             let _running = running;
-            let logged = async {
-                if grown.is_empty() {
-                    return Ok(());
-                }
-                let record = LogRecord::OpenShardGrew { shard, boot: device.boot, incarnation, extents: grown };
-                let log = Arc::clone(&device);
-                spawned(&device.env, async move { log.commit(vec![record]).await.map(|_| ()) }).await
+            let written = write.await;
+            let logged = match logged {
+                Some(logged) => logged.await,
+                None => Ok(()),
             };
-            let (written, logged) = futures::join!(write, logged);
             let mut inner = device.lock();
             let outcome = match inner.state.open_shards.get_mut(&shard) {
                 None => Err(NodeError::NotFound),
@@ -406,9 +414,9 @@ impl Device {
             let ranges = map_range(&entry.extents, 0, HEADER).ok_or(NodeError::Invalid)?;
             device.start_write(&ranges, vec![header]).await?;
             // The record takes the extents over from the open shard.
-            device.commit(vec![LogRecord::ShardPut { shard, entry: entry.clone() }]).await?;
+            let committed = device.commit(vec![LogRecord::ShardPut { shard, entry: entry.clone() }]).await?;
             device.flush().await?;
-            device.enter_shard(shard, entry, None).await
+            device.enter_shard(shard, entry, None, &committed).await
         })
     }
 }
