@@ -102,16 +102,20 @@ impl<'a> Sources<'a> {
         let shared = &*self.reading.shared;
         let k = shared.scheme().k();
         let mut running = FuturesUnordered::new();
+        let mut asked: Vec<usize> = Vec::new();
         let mut is_patient = true;
         loop {
             while (self.found.len() + running.len() < wanted || !is_patient)
                 && let Some(index) = self.candidates.pop_front()
             {
                 if let Some(mut read) = self.start(index) {
+                    asked.push(index);
                     running.push(async move { (index, read.wait(shared).await) });
                 }
             }
             if self.found.len() >= wanted {
+                // Whoever has not answered yet may be asked again, should these turn out wrong.
+                self.candidates.extend(asked);
                 return;
             }
             let limit = match (self.candidates.is_empty(), self.found.len() >= k) {
@@ -124,6 +128,9 @@ impl<'a> Sources<'a> {
                 Some(limit) => shared.env.timeout(limit, running.next()).await,
                 None => Some(running.next().await),
             };
+            if let Some(Some((answered, _))) = &next {
+                asked.retain(|index| index != answered);
+            }
             match next {
                 None if self.candidates.is_empty() => {
                     self.lost.away += running.len();
@@ -167,7 +174,11 @@ impl<'a> Sources<'a> {
             return StoreError::TooFew { found: self.found.len().min(needed - 1), needed };
         }
         self.reading.shared.stats.corrupt_reads.inc();
-        tracing::error!(segment = %self.reading.segment, offset = self.reading.offset, "no shards give the right bytes");
+        let found: Vec<usize> = self.found.iter().map(|(index, _)| *index).collect();
+        tracing::error!(
+            segment = %self.reading.segment, offset = self.reading.offset, ?found, unreadable = ?self.lost.unreadable,
+            "no shards give the right bytes"
+        );
         StoreError::Corrupt { segment: self.reading.segment, offset: self.reading.offset }
     }
 }

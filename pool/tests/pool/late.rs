@@ -111,3 +111,24 @@ async fn a_stalled_device_does_not_hold_up_the_search_for_damage() {
     cluster.stall(5, Stall::default());
     assert!(*cluster.read_blocks(segment(1), &body, 0, 4096).await.unwrap() == body[..4096]);
 }
+
+#[tokio::test]
+async fn a_source_that_was_late_is_asked_again_when_the_others_are_not_right() {
+    let cluster = Cluster::new(Scheme::rs(4, 2).unwrap(), 0);
+    let body = Dice(8).bytes(1 << 20);
+    cluster.seal(segment(1), &body).await.unwrap();
+    [0, 1].into_iter().for_each(|index| cluster.damage(segment(1), index, 3));
+    let nodes: Vec<usize> = (0..6).map(|index| cluster.node_of(segment(1), index)).collect();
+    nodes[1..].iter().for_each(|&number| cluster.stall(number, STALLED));
+    let read = cluster.read_blocks(segment(1), &body, 0, 4096);
+    let release = async {
+        // All are late, so all are asked; the first four are one too few, since one of them is wrong.
+        cluster.until(|cluster| cluster.nodes[nodes[5]].state().reads == 1).await;
+        nodes[1..5].iter().for_each(|&number| cluster.stall(number, Stall::default()));
+        cluster.until(|cluster| cluster.nodes[nodes[5]].state().reads == 2).await;
+        cluster.stall(nodes[5], Stall::default());
+    };
+    let (found, ()) = futures::join!(read, release);
+    assert!(*found.unwrap() == body[..4096]);
+    assert_eq!(cluster.pool.stats().corrupt_reads, 0);
+}
