@@ -216,6 +216,12 @@ impl MemoryStore {
         faults.planned.insert(at, fault);
     }
 
+    /// Faults that have not happened yet.
+    #[must_use]
+    pub fn planned_faults(&self) -> usize {
+        self.0.faults.lock().expect("faults lock").planned.len()
+    }
+
     /// Forgets the faults that have not happened.
     pub fn clear_plans(&self) {
         self.0.faults.lock().expect("faults lock").planned.clear();

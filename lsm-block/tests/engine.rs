@@ -305,7 +305,15 @@ impl Rig {
                 self.oracle.flushed();
             }
             70..=76 => self.check(&volume, false, &context).await,
-            77..=79 => volume.checkpoint().await.expect("a checkpoint"),
+            77..=79 => {
+                // Each planned fault happens once and may fail one attempt.
+                let faults = self.store.planned_faults();
+                let mut failed = 0;
+                while let Err(error) = volume.checkpoint().await {
+                    failed += 1;
+                    assert!(failed <= faults, "{context}: {failed} checkpoints failed at {faults} faults: {error}");
+                }
+            }
             80..=87 => self.toggle_node(&volume).await,
             88..=89 => {
                 let fault = if self.dice.below(2) == 0 { Fault::Refuse } else { Fault::LoseAnswer };

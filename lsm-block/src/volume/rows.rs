@@ -130,8 +130,19 @@ impl Writer {
         }
     }
 
+    /// A device of a row segment did not flush. What the round marked clean is not stable: a flush waits until it is sealed
+    /// elsewhere.
+    pub(super) fn row_flush_failed(&mut self) {
+        for rows in self.row_segments.values_mut().filter(|rows| !matches!(rows.stage, Stage::Manifest { .. })) {
+            rows.dirty = true;
+            // A seal that runs ends well, flushed, or evacuates.
+            rows.failed |= matches!(rows.stage, Stage::Sealing);
+        }
+        self.fail_rows();
+    }
+
     /// Gives up every row segment that is still being written: a device of one of them failed.
-    pub(super) fn fail_rows(&mut self) {
+    fn fail_rows(&mut self) {
         let open: Vec<u64> =
             self.row_segments.iter().filter(|(_, rows)| matches!(rows.stage, Stage::Open)).map(|(&n, _)| n).collect();
         for number in open {

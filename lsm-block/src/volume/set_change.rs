@@ -9,9 +9,11 @@ use crate::store::StoreError;
 use futures::StreamExt;
 use futures::future::try_join_all;
 use std::collections::VecDeque;
+use std::future::ready;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
+use xsan_env::runtime::BoxFuture;
 use xsan_env::{Buf, Moment};
 use xsan_types::{
     DeviceId, FlushRequest, MemberRef, RegisterChange, RegisterError, RegisterView, SealedSegment, SegmentName, SetId,
@@ -216,22 +218,15 @@ impl Writer {
 
     /// A register write that runs already ends first: its answer carries the version the next one names.
     async fn settle_register(&mut self) {
+        let mut postponed = Vec::new();
         while self.checkpoint.is_registering() {
             match self.events.next().await {
                 Some(Event::CheckpointRegistered(result)) => self.checkpoint_registered(result),
-                Some(event) => self.postponed_during_change(event),
-                None => return,
+                Some(event) => postponed.push(event),
+                None => break,
             }
         }
-    }
-
-    /// Events of the old set that arrive while it is being replaced.
-    fn postponed_during_change(&mut self, event: Event) {
-        match event {
-            // The bytes are copied from memory: what the old members answer does not count any more.
-            Event::Appended { .. } | Event::Entered { .. } => {}
-            event => self.events.push(Box::pin(async move { event })),
-        }
+        self.events.extend(postponed.into_iter().map(|event| -> BoxFuture<'static, Event> { Box::pin(ready(event)) }));
     }
 
     /// Whether the register says that a newer owner exists.

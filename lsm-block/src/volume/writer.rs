@@ -409,7 +409,7 @@ impl Writer {
             Err(failure) => {
                 self.flush_waiters.extend(round.waiters);
                 if failure.rows {
-                    self.fail_rows();
+                    self.row_flush_failed();
                 }
                 if let (Some((member, error)), true) = (failure.member, set == self.set.id) {
                     self.member_failed(member, &error);
