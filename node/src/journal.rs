@@ -35,7 +35,14 @@ impl Device {
                     return Err(NodeError::Closed);
                 }
                 match inner.state.members.get(&key) {
-                    Some(member) if member.incarnation == device.incarnation && !member.closed => return Ok(made),
+                    Some(member)
+                        if member.incarnation == device.incarnation
+                            && !member.closed
+                            && member.manifest == request.manifest
+                            && member.replicas.is_empty() =>
+                    {
+                        return Ok(made);
+                    }
                     // A name of a set is used once (P1): what is there belongs to another process.
                     Some(_) => return Err(NodeError::Closed),
                     None => {}

@@ -447,7 +447,8 @@ fn the_log_goes_on_in_its_other_half() {
 #[test]
 fn growths_that_overlap_are_found_in_their_places_after_a_crash() {
     // Several workers: the log records of the growths come from tasks that may overtake each other.
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build().expect("a runtime");
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let env = OsRuntime::current();
         for round in 0..30u8 {

@@ -166,7 +166,10 @@ impl<'a> Sources<'a> {
         let own_away = usize::from(matches!(own, Own::Away | Own::Missing | Own::Pending));
         let own_missing = usize::from(matches!(own, Own::Missing));
         let away = self.lost.away + own_away;
-        if self.lost.missing + own_missing == self.reading.shared.scheme().width() {
+        let missing = self.lost.missing + own_missing;
+        if missing > 0 && missing == away && self.lost.unreadable.is_empty() && self.found.len() < needed {
+            // Everybody has answered, and too few have it: nobody who comes back can change that. (A row that was never
+            // written everywhere, and so never acknowledged, looks like this.)
             return StoreError::NotFound;
         }
         if away > 0 {

@@ -79,7 +79,17 @@ pub(crate) fn close(
     volume: VolumeId,
     generation: Generation,
 ) -> StoreResult<Vec<ClosedMember>> {
-    call(view, device, |link| link.node.close(device, volume, generation), |members| members)
+    let Some(link) = view.link(device) else {
+        return Box::pin(std::future::ready(Err(StoreError::Unavailable { device })));
+    };
+    let answer = link.node.close(device, volume, generation);
+    Box::pin(async move {
+        answer.await.map_err(|error| match error {
+            // The device itself is gone: lost (C3), not refused.
+            NodeError::NotFound => StoreError::NotFound,
+            error => member_error(device, &error),
+        })
+    })
 }
 
 pub(crate) fn read_replica(

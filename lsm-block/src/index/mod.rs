@@ -314,10 +314,10 @@ impl Index {
         self.state().segments.set_holes(number, &holes);
     }
 
-    /// Listed segments that miss positions.
+    /// The first listed segment behind number `after` that misses positions.
     #[must_use]
-    pub fn segments_with_holes(&self) -> Vec<SegmentRecord> {
-        self.state().segments.with_holes()
+    pub fn next_segment_with_holes(&self, after: u64) -> Option<SegmentRecord> {
+        self.state().segments.next_with_holes(after)
     }
 
     /// How many listed segments miss positions.

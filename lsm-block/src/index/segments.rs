@@ -262,8 +262,9 @@ impl Segments {
         Some(SegmentRecord { sealed, live: line.live, holes, kind: SegmentKind::Data })
     }
 
-    pub fn with_holes(&self) -> Vec<SegmentRecord> {
-        self.holes.keys().filter_map(|&number| self.get(number)).collect()
+    /// The first segment behind number `after` that misses positions.
+    pub fn next_with_holes(&self, after: u64) -> Option<SegmentRecord> {
+        self.holes.range(after + 1..).find_map(|(&number, _)| self.get(number))
     }
 
     pub fn hole_count(&self) -> usize {

@@ -31,11 +31,13 @@ pub(super) struct Queued {
     pub base: Option<Base>,
     /// Since when it waits for nodes; set at the first look during a stall.
     pub since: Option<Moment>,
+    /// The tail that a shrink discards: not held against the new size.
+    pub beyond_end: bool,
 }
 
 impl From<Request> for Queued {
     fn from(request: Request) -> Self {
-        Self { request, base: None, since: None }
+        Self { request, base: None, since: None, beyond_end: false }
     }
 }
 
@@ -124,10 +126,16 @@ impl Writer {
 
     /// Takes parts of one request; `false` when the batch must end before the rest of it.
     fn peel(&mut self, queued: Queued, parts: &mut Parts) -> bool {
-        let Queued { request, base, since } = queued;
+        let Queued { request, base, since, beyond_end } = queued;
         match request {
             Request::Write { offset, data, fua, done } => self.peel_write(offset, data, fua, done, base, parts),
-            Request::Zero { offset, length, fua, done } => self.peel_zero(offset, length, fua, done, base, parts),
+            Request::Zero { offset, length, fua, done } => {
+                if !beyond_end && offset.saturating_add(length) > self.writable_end() {
+                    let _ = done.send(Err(crate::error::VolumeError::Invalid));
+                    return true;
+                }
+                self.peel_zero(offset, length, fua, done, base, parts)
+            }
             Request::Flush { done } => {
                 count(&self.shared.counters.flushes, 1);
                 self.flush_waiters.push(done);
@@ -138,7 +146,7 @@ impl Writer {
                 true
             }
             request => {
-                self.backlog.push_front(Queued { request, base, since });
+                self.backlog.push_front(Queued { request, base, since, beyond_end });
                 false
             }
         }
@@ -153,7 +161,7 @@ impl Writer {
         mut base: Option<Base>,
         parts: &mut Parts,
     ) -> bool {
-        if base.is_none() && offset.saturating_add(data.len() as u64) > self.writable_end() {
+        if offset.saturating_add(data.len() as u64) > self.writable_end() {
             let _ = done.send(Err(crate::error::VolumeError::Invalid));
             return true;
         }
@@ -201,10 +209,6 @@ impl Writer {
         mut base: Option<Base>,
         parts: &mut Parts,
     ) -> bool {
-        if base.is_none() && offset.saturating_add(length) > self.writable_end() {
-            let _ = done.send(Err(crate::error::VolumeError::Invalid));
-            return true;
-        }
         while length > 0 {
             let lba = Lba(offset / BLOCK_BYTES);
             let within = offset % BLOCK_BYTES;
@@ -232,15 +236,17 @@ impl Writer {
             }
         }
         count(&self.shared.counters.zeroes, 1);
-        if parts.is_empty() {
-            // Nothing changed: complete with whatever is acknowledged.
+        if !parts.is_empty() {
+            parts.requests.push((done, fua));
+        } else if let Some(last) = self.in_flight.back_mut() {
+            // Nothing (more) changes: complete with what is on its way, which may be the rest of this request.
+            last.requests.push((done, fua));
+        } else {
             if fua {
                 self.flush_waiters.push(done)
             } else {
                 let _ = done.send(Ok(()));
             }
-        } else {
-            parts.requests.push((done, fua));
         }
         true
     }
@@ -541,8 +547,9 @@ impl Writer {
         }
     }
 
-    /// Writes the rows of a batch that failed again, inline, under their old versions (P9). The batch keeps its place in
-    /// the order.
+    /// Writes the rows of a batch that failed again, inline, under their old versions (P9). What stands for the batch keeps
+    /// its place in the order: versions must be acknowledged in order, or a checkpoint between them would take the older
+    /// one, when it comes, for a copy of something it holds.
     pub(super) fn rejournal(&mut self, index: usize) {
         let batch = &mut self.in_flight[index];
         let Some(rows) = batch.rows.take() else { return };
@@ -567,7 +574,12 @@ impl Writer {
             })
             .collect();
         tracing::warn!(volume = %self.shared.id, batch = id, blocks = parts.len(), "rows failed, writing them to the journal");
+        let others = self.in_flight.len();
         self.send_inline(&parts, requests);
+        for (step, batch) in self.in_flight.split_off(others).into_iter().enumerate() {
+            self.in_flight.insert(index + step, batch);
+        }
+        self.cut_again();
     }
 
     /// Makes sure a segment is open that has room for a record of so many entries and blocks.

@@ -7,9 +7,15 @@ use super::writer::{Event, Grave, Writer, new_name};
 use crate::error::VolumeError;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use tokio::sync::oneshot;
 use xsan_env::runtime::BoxFuture;
 use xsan_types::{ChangeToken, CheckpointRef, Register, RegisterChange, RegisterError, RegisterView};
+
+/// Pause after a checkpoint that failed; doubles with every further failure.
+pub(super) const CHECKPOINT_PAUSE: Duration = Duration::from_millis(100);
+/// Longest pause.
+const CHECKPOINT_PAUSE_MAX: Duration = Duration::from_secs(30);
 
 /// How far a checkpoint is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,12 +56,23 @@ impl Writer {
         if !self.checkpoint.is_idle() {
             return;
         }
+        self.written_at_checkpoint = self.written_bytes;
+        self.cut();
+        self.acknowledged_up_to_cut();
+    }
+
+    fn cut(&mut self) {
         self.rotate_rows();
         self.rotate();
-        let border = self.next_number.load(Ordering::Relaxed);
-        self.written_at_checkpoint = self.written_bytes;
-        self.checkpoint = CheckpointStage::Cutting { border };
-        self.acknowledged_up_to_cut();
+        self.cut = self.next_number.load(Ordering::Relaxed);
+        self.checkpoint = CheckpointStage::Cutting { border: self.cut };
+    }
+
+    /// A batch from before the cut was written again, into a newer segment: the cut comes after it.
+    pub(super) fn cut_again(&mut self) {
+        if matches!(self.checkpoint, CheckpointStage::Cutting { .. }) {
+            self.cut();
+        }
     }
 
     /// Called after each acknowledged batch.
@@ -67,10 +84,16 @@ impl Writer {
         }
     }
 
+    /// Whether the last failure is long enough ago for another attempt nobody asked for.
+    pub(super) fn checkpoint_may_begin(&self) -> bool {
+        self.checkpoint_pause == CHECKPOINT_PAUSE || self.shared.env.now() >= self.checkpoint_after
+    }
+
     /// Moves a checkpoint on, or begins one that is due.
     pub(super) fn advance_checkpoint(&mut self) {
         let tuning = &self.shared.tuning;
         if self.checkpoint.is_idle()
+            && self.checkpoint_may_begin()
             && (self.shared.index.delta_bytes() > tuning.delta_bytes_max
                 || self.bytes_since_checkpoint() > tuning.checkpoint_bytes)
         {
@@ -111,6 +134,13 @@ impl Writer {
         tracing::warn!(volume = %self.shared.id, %error, "checkpoint failed; it is tried again later");
         self.shared.index.abandon();
         self.checkpoint = CheckpointStage::Idle;
+        self.checkpoint_after = self.shared.env.now().after(self.checkpoint_pause);
+        let pause = self.shared.env.sleep(self.checkpoint_pause);
+        self.checkpoint_pause = (self.checkpoint_pause * 2).min(CHECKPOINT_PAUSE_MAX);
+        self.events.push(Box::pin(async move {
+            pause.await;
+            Event::Nothing
+        }));
         for done in self.checkpoint_waiters.drain(..) {
             let _ = done.send(Err(error.clone()));
         }
@@ -140,9 +170,13 @@ impl Writer {
         let CheckpointStage::Registering { border } = self.checkpoint else { return };
         match result {
             Ok(register) => self.register = register,
-            Err(error) if self.fenced(&error) => return,
+            Err(error) if self.fenced(&error) => {
+                self.checkpoint = CheckpointStage::Idle;
+                return;
+            }
             Err(error) => return self.checkpoint_failed(&error.into()),
         }
+        self.checkpoint_pause = CHECKPOINT_PAUSE;
         count(&self.shared.counters.checkpoints, 1);
         self.shared.index.install();
         self.checkpoint = CheckpointStage::Idle;
@@ -168,6 +202,8 @@ impl Writer {
     /// members and stops (P3, P10).
     pub(super) async fn hand_over(&mut self) {
         let Some(done) = self.closing.take() else { return };
+        // From here on nobody is asked at a take-over: no read may be confirmed by the old members any more (P8).
+        self.shared.pause_reads(true);
         let result = self.register_change(RegisterChange::Set(None)).await;
         let outcome = match result {
             Ok(register) => {
@@ -185,9 +221,7 @@ impl Writer {
 
     /// The tail of a shrunk volume is discarded ahead of everything that waits.
     pub(super) fn discard_tail(&mut self, zero: Request) {
-        let base = super::batch::Base { lba: xsan_types::Lba(u64::MAX), version: None, data: xsan_env::Buf::new() };
-        // The (unused) base tells the batch builder not to check the range against the new size.
-        self.backlog.push_front(Queued { request: zero, base: Some(base), since: None });
+        self.backlog.push_front(Queued { beyond_end: true, ..Queued::from(zero) });
     }
 
     /// Registers a size once the tail is discarded, then answers.

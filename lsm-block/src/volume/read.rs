@@ -200,13 +200,15 @@ pub(super) async fn confirm(shared: &Arc<Shared>) -> Result<(), VolumeError> {
         }
         let set = Arc::clone(&sets.borrow_and_update());
         let now = shared.env.now();
-        if set.confirmed_within(now, shared.tuning.read_window) {
+        let paused = shared.reads_are_paused();
+        if !paused && set.confirmed_within(now, shared.tuning.read_window) {
             return Ok(());
         }
         if now >= deadline {
             return Err(VolumeError::TimedOut);
         }
-        if !ask_members(shared, &set, now).await {
+        // (Looked at again behind the answers.)
+        if paused || !ask_members(shared, &set, now).await {
             shared.env.timeout(RETRY_AFTER, sets.changed()).await;
         }
     }

@@ -40,8 +40,6 @@ pub(super) struct Recovered {
 #[derive(Default)]
 struct Journal {
     members: Vec<(DeviceId, ClosedMember)>,
-    /// A member was live: another process may still answer reads for a while (P8).
-    live: bool,
     first_close: Moment,
 }
 
@@ -67,7 +65,8 @@ pub(super) async fn take_over(config: &VolumeConfig) -> Result<Recovered, Volume
     let checkpoint = recovery.checkpoint(found).await?;
     let set = recovery.create_set().await?;
     recovery.commit(&set, checkpoint).await?;
-    if journal.live {
+    // Another process may still answer reads from what these members confirmed (P8), whatever became of them since.
+    if !journal.members.is_empty() {
         let window = config.tuning.read_window.mul_f64(1.02);
         let passed = config.env.now().since(journal.first_close);
         config.env.sleep(window.saturating_sub(passed)).await;
@@ -144,7 +143,6 @@ impl Recovery<'_> {
                 match answer {
                     Ok(closed) => match closed.into_iter().find(|closed| closed.set == set.id) {
                         Some(closed) => {
-                            journal.live |= closed.state == MemberState::Live;
                             journal.members.push((member.device, closed));
                         }
                         // The device does not know the set: lost (C3), not an empty log.

@@ -95,14 +95,24 @@ impl<'a> Scan<'a> {
             if offset + length > at.length {
                 return Ok(None);
             }
-            let want = WINDOW_BYTES.max(length).min(at.length - offset) as u32;
-            let read =
-                self.config.store.read_replica(at.device, self.segment.volume, at.set, self.segment, offset, want);
-            match read.await {
+            let ahead = WINDOW_BYTES.max(length).min(at.length - offset);
+            let read = |bytes: u64| {
+                let (volume, segment) = (self.segment.volume, self.segment);
+                self.config.store.read_replica(at.device, volume, at.set, segment, offset, bytes as u32)
+            };
+            let mut answer = read(ahead).await;
+            if answer.as_ref().is_err_and(|error| error.kind() != ErrorKind::Unavailable) && ahead > length {
+                // A bad sector further on must not hide what is wanted now.
+                answer = read(length).await;
+            }
+            match answer {
                 Ok(bytes) => *window = Window { start: offset, bytes },
                 Err(error) if error.kind() == ErrorKind::Unavailable => return Err(error.into()),
-                // Damaged there: another member may have it.
-                Err(_) => return Ok(None),
+                Err(error) => {
+                    // Damaged there: another member may have it.
+                    tracing::warn!(segment = %self.segment, device = %at.device, offset, %error, "a replica cannot be read");
+                    return Ok(None);
+                }
             }
         }
         let (_, window) = &self.sources[source];

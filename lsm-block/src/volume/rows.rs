@@ -61,6 +61,10 @@ impl Writer {
         self.rows_opening = false;
         // Without rows large writes go through the journal: nothing to report.
         let Ok(writer) = result else { return };
+        if name.number < self.cut {
+            // A checkpoint cut the log meanwhile and does not know this name: a taker would not look at it.
+            return;
+        }
         let segment = RowSegment {
             name,
             writer,

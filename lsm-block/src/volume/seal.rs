@@ -35,8 +35,10 @@ impl Writer {
             let (body, sealed) = sealed_body(&self.shared, segment);
             let shared = Arc::clone(&self.shared);
             self.spawn_seal(number, async move {
-                let holes = seal_until_done(&shared, sealed.name, &body).await;
-                Event::ShardsWritten { number, sealed, holes, changes: Vec::new() }
+                match seal_until_done(&shared, sealed.name, &body).await {
+                    Some(holes) => Event::ShardsWritten { number, sealed, holes, changes: Vec::new() },
+                    None => Event::Nothing,
+                }
             });
         }
         let ready: Vec<u64> = self.row_segments.iter().filter(|(_, s)| s.can_seal()).map(|(&n, _)| n).collect();
@@ -65,8 +67,10 @@ impl Writer {
         };
         let failed = rows.failed;
         self.spawn_seal(number, async move {
-            let (sealed, holes, changes) = work.run(failed).await;
-            Event::ShardsWritten { number, sealed, holes, changes }
+            match work.run(failed).await {
+                Some((sealed, holes, changes)) => Event::ShardsWritten { number, sealed, holes, changes },
+                None => Event::Nothing,
+            }
         });
     }
 
@@ -94,10 +98,8 @@ impl Writer {
         if self.filling_holes {
             return;
         }
-        let missing = self.shared.index.segments_with_holes();
-        let next = missing.iter().find(|record| record.sealed.name.number > self.holes_after);
-        let Some(record) = next else {
-            if !missing.is_empty() {
+        let Some(record) = self.shared.index.next_segment_with_holes(self.holes_after) else {
+            if self.shared.index.hole_count() > 0 {
                 // Nodes are still away, or something failed: another look later.
                 self.filling_holes = true;
                 let sleep = self.shared.env.sleep(HOLES_RETRY_AFTER);
@@ -163,11 +165,13 @@ pub(super) fn sealed_line(footer: &Footer, bytes: &[u8]) -> SealedSegment {
 
 /// Writes a segment's shards; waits, for as long as it takes, while too few positions can be reached or there is no room:
 /// its bytes are safe on the open replicas meanwhile.
-async fn seal_until_done(shared: &Shared, name: SegmentName, body: &[Buf]) -> Holes {
+/// `None`: the owner has stopped.
+async fn seal_until_done(shared: &Shared, name: SegmentName, body: &[Buf]) -> Option<Holes> {
     loop {
         let mut changes = shared.store.changes();
         match shared.store.seal(name, body.to_vec()).await {
-            Ok(holes) => return holes,
+            Ok(holes) => return Some(holes),
+            Err(_) if shared.health.borrow().is_final() => return None,
             Err(error) => {
                 tracing::warn!(segment = %name, %error, "seal waits");
                 shared.env.timeout(RETRY_AFTER, changes.changed()).await;
@@ -189,11 +193,12 @@ struct RowSeal {
 }
 
 impl RowSeal {
-    async fn run(self, failed: bool) -> (SealedSegment, Holes, Vec<Change>) {
+    /// `None`: the owner has stopped.
+    async fn run(self, failed: bool) -> Option<(SealedSegment, Holes, Vec<Change>)> {
         if !failed {
             let (tail, sealed) = encode_footer(&self.shared, &self.footer);
             match self.writer.finish(tail).await {
-                Ok(()) => return (sealed, Holes::default(), Vec::new()),
+                Ok(()) => return Some((sealed, Holes::default(), Vec::new())),
                 Err(error) => tracing::warn!(segment = %self.name, %error, "finishing rows failed"),
             }
         }
@@ -203,7 +208,7 @@ impl RowSeal {
     /// Reads what is acknowledged back and seals it under a new name, versions kept. The old name is never listed; it is
     /// deleted when a registered checkpoint has decided it, not before: until the new name stands in the manifests, a
     /// taker needs the rows (P7).
-    async fn evacuate(self) -> (SealedSegment, Holes, Vec<Change>) {
+    async fn evacuate(self) -> Option<(SealedSegment, Holes, Vec<Change>)> {
         let name = new_name(&self.shared, &self.next_number, &self.set);
         let mut footer = Footer { segment: name, entries: Vec::new(), crcs: Vec::new() };
         let mut body = Vec::new();
@@ -218,7 +223,7 @@ impl RowSeal {
             .collect();
         for chunk in blocks.chunk_by(|a, b| a.2.position + 1 == b.2.position).flat_map(|c| c.chunks(EVACUATE_BLOCKS)) {
             let crcs: Vec<Crc32c> = chunk.iter().map(|block| block.2.crc).collect();
-            body.push(self.read_rows(chunk[0].2.position, crcs).await);
+            body.push(self.read_rows(chunk[0].2.position, crcs).await?);
             for (lba, version, place) in chunk {
                 let position = footer.crcs.len() as u32;
                 footer.crcs.push(place.crc);
@@ -229,11 +234,11 @@ impl RowSeal {
         }
         let (tail, sealed) = encode_footer(&self.shared, &footer);
         body.push(tail);
-        let holes = seal_until_done(&self.shared, name, &body).await;
-        (sealed, holes, changes)
+        let holes = seal_until_done(&self.shared, name, &body).await?;
+        Some((sealed, holes, changes))
     }
 
-    async fn read_rows(&self, position: u32, crcs: Vec<Crc32c>) -> Buf {
+    async fn read_rows(&self, position: u32, crcs: Vec<Crc32c>) -> Option<Buf> {
         loop {
             let mut changes = self.shared.store.changes();
             let read = SegmentRead {
@@ -244,7 +249,8 @@ impl RowSeal {
                 check: Check::Blocks(crcs.clone()),
             };
             match self.shared.store.read(read).await {
-                Ok(bytes) => return bytes,
+                Ok(bytes) => return Some(bytes),
+                Err(_) if self.shared.health.borrow().is_final() => return None,
                 Err(error) => {
                     if let StoreError::Corrupt { .. } = error {
                         tracing::error!(segment = %self.name, %error, "rows are damaged");

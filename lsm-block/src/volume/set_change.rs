@@ -106,7 +106,9 @@ impl Writer {
     /// Makes the members of the next set and copies everything to them, flushed.
     async fn next_set(&mut self, avoid: &[DeviceId]) -> Result<ServingSet, SetFailure> {
         let devices = self.shared.store.plan_set(self.shared.id, avoid).map_err(SetFailure::Plan)?;
-        let id = SetId { generation: self.set.id.generation, number: self.set.id.number + 1 };
+        // A number is used once, whatever becomes of the attempt: members of a failed one keep what they were given.
+        self.set_number += 1;
+        let id = SetId { generation: self.set.id.generation, number: self.set_number };
         let cargo = Arc::new(self.cargo());
         let members = try_join_all(devices.into_iter().map(|device| self.fill_member(device, id, Arc::clone(&cargo))));
         Ok(ServingSet { id, members: members.await? })
@@ -171,9 +173,20 @@ impl Writer {
     }
 
     async fn register_set(&mut self, set: &ServingSet) -> Result<(), RegisterError> {
+        // Once the register may know the new set, the members of the old one confirm nothing any more (P5).
+        self.shared.pause_reads(true);
         let change = RegisterChange::Set(Some(set.registered()));
-        self.register = self.register_change(change).await?;
-        Ok(())
+        match self.register_change(change).await {
+            Ok(register) => {
+                self.register = register;
+                Ok(())
+            }
+            // Answered, and refused: the old set stays.
+            Err(error) => {
+                self.shared.pause_reads(false);
+                Err(error)
+            }
+        }
     }
 
     /// The new set is registered: it alone counts from here on.
@@ -201,6 +214,8 @@ impl Writer {
             self.sealed(number);
         }
         self.shared.set.send_replace(Arc::clone(&set));
+        self.shared.pause_reads(false);
+        self.stalled = false;
         self.shared.set_health(Health::Serving);
         let view = RegisterView {
             volume: self.shared.id,
@@ -219,7 +234,7 @@ impl Writer {
     /// A register write that runs already ends first: its answer carries the version the next one names.
     async fn settle_register(&mut self) {
         let mut postponed = Vec::new();
-        while self.checkpoint.is_registering() {
+        while self.checkpoint.is_registering() && !self.shared.health.borrow().is_final() {
             match self.events.next().await {
                 Some(Event::CheckpointRegistered(result)) => self.checkpoint_registered(result),
                 Some(event) => postponed.push(event),
@@ -245,7 +260,7 @@ impl Writer {
     }
 
     /// During a stall: requests that have waited for `io_timeout` get their error; new ones begin to wait.
-    fn time_out_requests(&mut self) {
+    pub(super) fn time_out_requests(&mut self) {
         let now = self.shared.env.now();
         let mut taken = VecDeque::new();
         self.shared.take_requests(&mut taken);

@@ -7,7 +7,7 @@ use crate::index::Index;
 use crate::store::{Registers, SegmentStore};
 use futures::task::AtomicWaker;
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use tokio::sync::{oneshot, watch};
 use xsan_env::{Buf, BufPool, Env, Moment};
@@ -218,6 +218,14 @@ pub struct VolumeStatus {
     pub counters: VolumeCounters,
 }
 
+/// Requests on their way to the writer.
+#[derive(Default)]
+struct Queue {
+    requests: VecDeque<Request>,
+    /// Nobody takes them any more.
+    closed: bool,
+}
+
 pub(super) struct Shared {
     pub id: VolumeId,
     pub env: Env,
@@ -236,7 +244,9 @@ pub(super) struct Shared {
     /// Held by running reads; a name is deleted only when every read that may know it has dropped its token (R5).
     read_token: Mutex<Arc<()>>,
     size: AtomicU64,
-    queue: Mutex<VecDeque<Request>>,
+    queue: Mutex<Queue>,
+    /// No read may be confirmed: the register may know another set than the one that serves.
+    reads_paused: AtomicBool,
     waker: AtomicWaker,
     /// Set by a reader that found a member silent or closed; the writer looks at it.
     suspects: Mutex<Vec<MemberRef>>,
@@ -260,7 +270,8 @@ impl Shared {
             open: Mutex::new(BTreeMap::new()),
             read_token: Mutex::new(Arc::new(())),
             size: AtomicU64::new(recovered.register.size),
-            queue: Mutex::new(VecDeque::new()),
+            queue: Mutex::new(Queue::default()),
+            reads_paused: AtomicBool::new(false),
             waker: AtomicWaker::new(),
             suspects: Mutex::new(Vec::new()),
         })
@@ -275,17 +286,39 @@ impl Shared {
     }
 
     pub(super) fn submit(&self, request: Request) {
-        self.queue.lock().expect("queue lock").push_back(request);
+        let mut queue = self.queue.lock().expect("queue lock");
+        if queue.closed {
+            drop(queue);
+            let _ = request.into_done().send(Err(self.final_error()));
+            return;
+        }
+        queue.requests.push_back(request);
+        drop(queue);
         self.waker.wake();
+    }
+
+    /// The writer has ended: later requests are refused. Answers those that still wait.
+    pub(super) fn close_queue(&self) -> VecDeque<Request> {
+        let mut queue = self.queue.lock().expect("queue lock");
+        queue.closed = true;
+        std::mem::take(&mut queue.requests)
+    }
+
+    pub(super) fn pause_reads(&self, paused: bool) {
+        self.reads_paused.store(paused, Ordering::SeqCst);
+    }
+
+    pub(super) fn reads_are_paused(&self) -> bool {
+        self.reads_paused.load(Ordering::SeqCst)
     }
 
     /// Moves all waiting requests behind `backlog`.
     pub(super) fn take_requests(&self, backlog: &mut VecDeque<Request>) {
-        backlog.append(&mut self.queue.lock().expect("queue lock"));
+        backlog.append(&mut self.queue.lock().expect("queue lock").requests);
     }
 
     pub(super) fn has_requests(&self) -> bool {
-        !self.queue.lock().expect("queue lock").is_empty()
+        !self.queue.lock().expect("queue lock").requests.is_empty()
     }
 
     pub(super) fn register_waker(&self, waker: &std::task::Waker) {
@@ -347,7 +380,7 @@ impl Shared {
             members: set.members.iter().map(|member| member.at).collect(),
             members_wanted: self.store.set_size(),
             segments: self.index.segment_count(),
-            segments_with_holes: self.index.segments_with_holes().len(),
+            segments_with_holes: self.index.hole_count(),
             open_segments: self.open.lock().expect("open lock").len(),
             delta_bytes: self.index.delta_bytes(),
             counters: self.counters.snapshot(),

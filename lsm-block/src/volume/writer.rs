@@ -3,7 +3,7 @@
 
 use super::AckPolicy;
 use super::batch::{Base, Queued};
-use super::checkpoint::CheckpointStage;
+use super::checkpoint::{CHECKPOINT_PAUSE, CheckpointStage};
 use super::journal::{Batch, RowSegment, Segment, Stage};
 use super::recover::Recovered;
 use super::shared::{Done, Health, OpenSegment, RecordMemory, Request, ServingSet, Shared, count};
@@ -15,11 +15,15 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Poll;
+use std::time::Duration;
 use xsan_env::runtime::BoxFuture;
 use xsan_env::{BufMut, Moment};
 use xsan_types::{
     BLOCK_BYTES, CheckpointRef, FlushRequest, Register, RegisterError, SealedSegment, SegmentName, Sequence, SetId,
 };
+
+/// How often is looked whether what waits still moves.
+const STALL_CHECK_AFTER: Duration = Duration::from_secs(2);
 
 /// What the writer waits for besides requests.
 pub(super) enum Event {
@@ -53,6 +57,8 @@ pub(super) enum Event {
     HolesAgain,
     /// The tail of a shrunk volume is discarded (or nothing was to discard): the size can be registered.
     SizeReady { size: u64, done: Done },
+    /// Time to see whether what waits still moves.
+    StallCheck,
     /// Done, nothing to do.
     Nothing,
 }
@@ -89,6 +95,8 @@ pub(super) struct Grave {
 pub(super) struct Writer {
     pub shared: Arc<Shared>,
     pub set: Arc<ServingSet>,
+    /// The last set number that was used, in vain or not.
+    pub set_number: u64,
     pub register: Register,
     /// Largest sector of the set's devices.
     pub sector: u32,
@@ -111,6 +119,11 @@ pub(super) struct Writer {
     pub flush_round: Option<FlushRound>,
     pub checkpoint: CheckpointStage,
     pub checkpoint_waiters: Vec<Done>,
+    /// The last border: names below it belong to a checkpoint.
+    pub cut: u64,
+    /// After a failure the next checkpoint begins then, at the earliest.
+    pub checkpoint_after: Moment,
+    pub checkpoint_pause: Duration,
     pub graves: Vec<Grave>,
     pub burying: bool,
     /// Row segments that stand elsewhere now: deleted when a checkpoint has decided them.
@@ -120,6 +133,11 @@ pub(super) struct Writer {
     pub written_bytes: u64,
     pub written_at_checkpoint: u64,
     pub idle_timer: bool,
+    pub stall_timer: bool,
+    /// Nothing was completed for a while although somebody waits.
+    pub stalled: bool,
+    /// When something was completed last, or somebody began to wait.
+    pub progress: Moment,
     pub closing: Option<Done>,
     /// Devices of members that failed in the current set.
     pub failed_members: Vec<usize>,
@@ -138,6 +156,7 @@ impl Writer {
     pub(super) fn new(shared: Arc<Shared>, recovered: Recovered) -> Self {
         Self {
             sector: recovered.set.members.iter().map(|member| member.sector).max().unwrap_or(512),
+            set_number: recovered.set.id.number,
             set: recovered.set,
             register: recovered.register,
             sequence: Sequence(0),
@@ -157,6 +176,9 @@ impl Writer {
             flush_round: None,
             checkpoint: CheckpointStage::Idle,
             checkpoint_waiters: Vec::new(),
+            cut: 0,
+            checkpoint_after: Moment(0),
+            checkpoint_pause: CHECKPOINT_PAUSE,
             graves: vec![Grave { token: Arc::new(()), names: recovered.dead }],
             burying: false,
             evacuated: Vec::new(),
@@ -164,6 +186,9 @@ impl Writer {
             written_bytes: 0,
             written_at_checkpoint: 0,
             idle_timer: false,
+            stall_timer: false,
+            stalled: false,
+            progress: Moment(0),
             closing: None,
             failed_members: Vec::new(),
             grow: false,
@@ -257,6 +282,7 @@ impl Writer {
                 self.look_after_holes();
             }
             Event::SizeReady { size, done } => self.sizes.push_back((size, done)),
+            Event::StallCheck => self.check_stall(),
             Event::Nothing => {}
         }
     }
@@ -282,6 +308,56 @@ impl Writer {
         }
         self.advance_close().await;
         self.start_idle_timer();
+        self.start_stall_timer();
+    }
+
+    fn is_waiting(&self) -> bool {
+        !self.backlog.is_empty()
+            || !self.in_flight.is_empty()
+            || !self.flush_waiters.is_empty()
+            || self.flush_round.is_some()
+            || self.shared.has_requests()
+    }
+
+    /// As long as somebody waits: whatever holds the log up (a set change does so itself), it is said, and bounded.
+    fn start_stall_timer(&mut self) {
+        if self.stall_timer || !self.is_waiting() {
+            return;
+        }
+        self.stall_timer = true;
+        if !self.stalled {
+            self.progress = self.shared.env.now();
+        }
+        let sleep = self.shared.env.sleep(STALL_CHECK_AFTER);
+        self.events.push(Box::pin(async move {
+            sleep.await;
+            Event::StallCheck
+        }));
+    }
+
+    fn check_stall(&mut self) {
+        self.stall_timer = false;
+        if !self.is_waiting() {
+            // Whoever waited has been answered.
+            return self.moved();
+        }
+        if self.shared.env.now().since(self.progress) < STALL_CHECK_AFTER {
+            return;
+        }
+        self.stalled = true;
+        let sealing = self.segments.values().filter(|segment| segment.frozen).count()
+            + self.row_segments.values().filter(|rows| rows.frozen).count();
+        let reason = format!("no write or flush was completed; {sealing} segments wait for their seals");
+        self.shared.set_health(Health::Waiting { since: self.progress, reason });
+        self.time_out_requests();
+    }
+
+    /// Something was acknowledged or flushed.
+    fn moved(&mut self) {
+        self.progress = self.shared.env.now();
+        if std::mem::take(&mut self.stalled) {
+            self.shared.set_health(Health::Serving);
+        }
     }
 
     fn appended(&mut self, set: SetId, member: usize, number: u64, result: Result<u64, StoreError>, sent: Moment) {
@@ -328,9 +404,11 @@ impl Writer {
             if have < front.end || front.rows.as_ref().is_some_and(|rows| !rows.written) {
                 break;
             }
-            segment.acknowledged = front.end;
+            // (What was written again may lie behind the batches that follow it.)
+            segment.acknowledged = segment.acknowledged.max(front.end);
             segment.pending -= 1;
             let batch = self.in_flight.pop_front().expect("just seen");
+            self.moved();
             self.shared.index.apply(&batch.changes);
             if let Some(rows) = &batch.rows {
                 self.rows_acknowledged(rows.number, &batch.changes);
@@ -404,6 +482,7 @@ impl Writer {
                 for done in round.waiters {
                     let _ = done.send(Ok(()));
                 }
+                self.moved();
             }
             Ok(()) => self.flush_waiters.extend(round.waiters),
             Err(failure) => {
@@ -421,7 +500,7 @@ impl Writer {
     fn fetched(&mut self, request: Request, base: Result<Base, VolumeError>) {
         self.parked -= 1;
         match base {
-            Ok(base) => self.backlog.push_front(Queued { request, base: Some(base), since: None }),
+            Ok(base) => self.backlog.push_front(Queued { base: Some(base), ..Queued::from(request) }),
             Err(error) => {
                 let _ = request.into_done().send(Err(error));
             }
@@ -556,8 +635,7 @@ impl Writer {
         waiting.append(&mut self.flush_waiters);
         waiting.append(&mut self.checkpoint_waiters);
         waiting.extend(self.closing.take());
-        let mut late = VecDeque::new();
-        self.shared.take_requests(&mut late);
+        let late = self.shared.close_queue();
         waiting.extend(late.into_iter().map(Request::into_done));
         for done in waiting {
             let _ = done.send(Err(self.shared.final_error()));
@@ -671,8 +749,10 @@ impl Writer {
             return;
         }
         if !self.manifest.is_empty() {
-            self.begin_checkpoint();
-            self.advance_checkpoint();
+            if self.checkpoint_may_begin() {
+                self.begin_checkpoint();
+                self.advance_checkpoint();
+            }
             return;
         }
         self.hand_over().await;

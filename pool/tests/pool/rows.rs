@@ -205,3 +205,22 @@ async fn appends_out_of_order_or_out_of_shape_are_refused() {
     writer.finish(aligned(&[1; 4096])).await.unwrap();
     assert_eq!(append(1, vec![aligned(&body[4 * UNIT..])]).await, Err(StoreError::Internal), "finished");
 }
+
+#[tokio::test]
+async fn a_row_that_too_few_positions_have_is_not_there_once_all_have_answered() {
+    let mut cluster = Cluster::new(Scheme::rs(4, 2).unwrap(), 0);
+    let body = Dice(77).bytes(1 << 20);
+    cluster.seal(segment(1), &body).await.unwrap();
+    for index in 0..3 {
+        let number = cluster.node_of(segment(1), index);
+        cluster.nodes[number].state().shards.clear();
+    }
+    // Somebody is away: it may bring what is missing.
+    let away = cluster.node_of(segment(1), 5);
+    cluster.take_down(&[away]);
+    let error = cluster.read_blocks(segment(1), &body, 0, 4096).await.unwrap_err();
+    assert!(matches!(error, StoreError::TooFew { .. }), "{error:?}");
+    cluster.bring_up_all();
+    let error = cluster.read_blocks(segment(1), &body, 0, 4096).await.unwrap_err();
+    assert_eq!(error, StoreError::NotFound);
+}
