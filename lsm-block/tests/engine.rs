@@ -316,9 +316,16 @@ impl Rig {
             }
             80..=87 => self.toggle_node(&volume).await,
             88..=89 => {
-                let fault = if self.dice.below(2) == 0 { Fault::Refuse } else { Fault::LoseAnswer };
-                let after = self.dice.below(30);
-                self.store.plan(after, fault);
+                let fault = match self.dice.below(4) {
+                    0 => Fault::Refuse,
+                    1 => Fault::LoseAnswer,
+                    _ => Fault::Stall,
+                };
+                // Stalls come in groups: what overtakes them is what is looked for.
+                let count = if matches!(fault, Fault::Stall) { 1 + self.dice.below(6) } else { 1 };
+                for _ in 0..count {
+                    self.store.plan(self.dice.below(30), fault);
+                }
             }
             90..=93 => {
                 // The engine's process dies with changes in flight.
@@ -367,6 +374,13 @@ fn run_seed(seed: u64, steps: u64, scheme: Scheme, delays: bool, ack: AckPolicy)
     runtime.block_on(async {
         let env = OsRuntime::current();
         let mut rig = Rig::new(&env, seed, scheme, delays, ack);
+        let store = rig.store.clone();
+        let releasing = tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(Duration::from_millis(8)).await;
+                store.release();
+            }
+        });
         let mut volume = rig.open().await;
         for step in 0..steps {
             volume = rig.step(volume, step, seed).await;
@@ -374,6 +388,31 @@ fn run_seed(seed: u64, steps: u64, scheme: Scheme, delays: bool, ack: AckPolicy)
         rig.start_all();
         rig.check(&volume, false, &format!("seed {seed}, end")).await;
         volume.close().await.expect("a clean hand-over");
+        releasing.abort();
+    });
+}
+
+#[test]
+fn a_volume_that_has_stopped_answers_every_request_with_an_error() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let env = OsRuntime::current();
+        let rig = Rig::new(&env, 1, Scheme::replica(3).unwrap(), false, AckPolicy::Replicated);
+        let volume = rig.open().await;
+        volume.write(0, Buf::copied(&[1; 4096]), false).await.expect("a write");
+        volume.close().await.expect("a clean hand-over");
+        for _ in 0..2 {
+            let late = join_all([
+                volume.write(0, Buf::copied(&[2; 4096]), false),
+                volume.flush(),
+                volume.zero(0, 4096, false),
+                volume.resize(SIZE * 2),
+                volume.close(),
+            ]);
+            let answers = tokio::time::timeout(Duration::from_secs(10), late).await.expect("answers");
+            assert!(answers.iter().all(Result::is_err), "{answers:?}");
+        }
+        assert!(volume.read(0, 4096).await.is_err());
     });
 }
 
