@@ -260,6 +260,10 @@ impl Rig {
     async fn toggle_node(&mut self, volume: &Arc<Volume>) {
         let tolerated = self.store_tolerates();
         if self.down.len() < tolerated && self.dice.below(2) == 0 {
+            if self.down.is_empty() {
+                // What nodes missed that were started again by a crash of everything counts as lost until it is filled.
+                self.until_whole(volume).await;
+            }
             let up: Vec<DeviceId> = self.store.devices().into_iter().filter(|d| !self.down.contains(d)).collect();
             let device = up[self.dice.below(up.len() as u64) as usize];
             self.store.stop(device);
@@ -267,10 +271,14 @@ impl Rig {
         } else if !self.down.is_empty() {
             // Redundancy is back when the holes are filled: before that other nodes may not be lost.
             self.start_all();
-            self.store.clear_plans();
-            while volume.checkpoint().await.is_err() || volume.status().segments_with_holes > 0 {
-                self.env.sleep(Duration::from_millis(1)).await;
-            }
+            self.until_whole(volume).await;
+        }
+    }
+
+    async fn until_whole(&self, volume: &Volume) {
+        self.store.clear_plans();
+        while volume.checkpoint().await.is_err() || volume.status().segments_with_holes > 0 {
+            self.env.sleep(Duration::from_millis(1)).await;
         }
     }
 
