@@ -62,6 +62,8 @@ pub(crate) struct Inner {
     /// Records whose effect is in `state` already, in the order of that; the next log frame begins with them. Several
     /// growths of one replica run at a time: read back in another order, its bytes would be found in the wrong places.
     unlogged: Vec<LogRecord>,
+    /// Changes of the shard index so far: tells a reader that what it read there may be old.
+    index_changes: u64,
     /// Records of the log that the shard index does not show yet, by number. A new log half repeats them.
     unindexed: BTreeMap<u64, LogRecord>,
     next_unindexed: u64,
@@ -89,6 +91,9 @@ pub(crate) struct Device {
     pub(crate) index: Arc<dyn ShardIndex>,
     /// Something completed: appends in flight, lengths.
     pub(crate) progress: Notify,
+    /// Held while shards change hands: from the log record to the index and the free map, so that what is freed is what
+    /// was taken out, once. Only tasks of the node hold it.
+    pub(crate) tenancy: AsyncMutex<()>,
     disk: Arc<dyn Disk>,
     inner: Mutex<Inner>,
     log: AsyncMutex<Log>,
@@ -146,8 +151,20 @@ impl Device {
         let (space, shards, allocation) = {
             let index = Arc::clone(&index);
             let used: Vec<Extent> = state.extents().collect();
-            env.blocking(move || build_space(&*index, changes, used, &superblock)).await?
+            env.blocking(move || {
+                let built = build_space(&*index, changes, used, &superblock)?;
+                index.persist()?;
+                index.filled()?;
+                Ok::<_, NodeOpenError>(built)
+            })
+            .await?
         };
+        // A new half, a new epoch: frames behind a torn tail can never be read as a continuation, and numbers that carry
+        // the epoch never repeat.
+        let mut log = replay.log;
+        let device = superblock.device;
+        log.flip(&state.snapshot()).await.map_err(|source| NodeOpenError::Io { device, source })?;
+        let allocation = allocation.max(log.epoch() << 32);
         // Whoever made them is not this process: one-way closed (P3).
         for member in state.members.values_mut() {
             member.closed = true;
@@ -158,6 +175,7 @@ impl Device {
             closed_below: BTreeMap::new(),
             locations: Locations::default(),
             unlogged: Vec::new(),
+            index_changes: 0,
             unindexed: BTreeMap::new(),
             next_unindexed: 0,
             shards,
@@ -173,9 +191,10 @@ impl Device {
             counters: Counters::default(),
             index,
             progress: Notify::new(),
+            tenancy: AsyncMutex::new(()),
             disk,
             inner: Mutex::new(inner),
-            log: AsyncMutex::new(replay.log),
+            log: AsyncMutex::new(log),
             gate: FlushGate::default(),
             flushed_frames: AtomicU64::new(0),
             failed: AtomicBool::new(false),
@@ -293,7 +312,7 @@ impl Device {
         if !log.append(records.clone(), flushed).await.map_err(failed)? {
             self.flip(&mut log).await?;
             if !log.append(records.clone(), 0).await.map_err(failed)? {
-                return Err(NodeError::Invalid);
+                return Err(failed(std::io::ErrorKind::StorageFull.into()));
             }
         }
         let mut inner = self.lock();
@@ -349,7 +368,10 @@ impl Device {
     /// Makes everything that completed before this call stable.
     pub(crate) async fn flush(&self) -> Result<(), NodeError> {
         self.check_writable()?;
-        let frames = self.log.lock().await.sequence();
+        let (epoch, frames) = {
+            let log = self.log.lock().await;
+            (log.epoch(), log.sequence())
+        };
         let ok = self
             .gate
             .flush(async || {
@@ -366,9 +388,11 @@ impl Device {
         if !ok {
             return Err(NodeError::DeviceFailed);
         }
-        // (After a flip the count starts again, smaller: a larger value would call a torn tail damage.)
-        let now = self.log.lock().await.sequence();
-        self.flushed_frames.fetch_max(frames.min(now), Ordering::Relaxed);
+        // (After a flip the count starts again: what this flush covered says nothing about the new half.)
+        let log = self.log.lock().await;
+        if log.epoch() == epoch {
+            self.flushed_frames.fetch_max(frames, Ordering::Relaxed);
+        }
         Ok(())
     }
 
@@ -407,7 +431,7 @@ impl Device {
 
     /// Where a sealed shard lies.
     pub(crate) async fn locate(&self, shard: ShardId) -> Result<Option<Arc<ShardEntry>>, NodeError> {
-        {
+        let changes = {
             let inner = self.lock();
             if let Some(entry) = inner.locations.get(&shard) {
                 return Ok(Some(Arc::clone(entry)));
@@ -423,18 +447,21 @@ impl Device {
                     _ => {}
                 }
             }
-        }
+            inner.index_changes
+        };
         let index = Arc::clone(&self.index);
         let entry = self.index_call(move || index.get(shard)).await?;
         Ok(entry.map(|entry| {
             let entry = Arc::new(entry);
-            self.remember(shard, Arc::clone(&entry));
+            let mut inner = self.lock();
+            if inner.index_changes == changes {
+                Self::remember(&mut inner, shard, Arc::clone(&entry));
+            }
             entry
         }))
     }
 
-    pub(crate) fn remember(&self, shard: ShardId, entry: Arc<ShardEntry>) {
-        let mut inner = self.lock();
+    pub(crate) fn remember(inner: &mut Inner, shard: ShardId, entry: Arc<ShardEntry>) {
         if inner.locations.len() >= LOCATIONS_MAX {
             // Rare and cheap to refill.
             inner.locations.clear();
@@ -442,8 +469,9 @@ impl Device {
         inner.locations.insert(shard, entry);
     }
 
-    pub(crate) fn forget(&self, shards: &[ShardId]) {
-        let mut inner = self.lock();
+    /// The index shows something else for these shards from now on.
+    pub(crate) fn forget(inner: &mut Inner, shards: &[ShardId]) {
+        inner.index_changes += 1;
         for shard in shards {
             inner.locations.remove(shard);
         }

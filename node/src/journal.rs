@@ -29,6 +29,7 @@ impl Device {
             device.check_writable()?;
             let made = CreatedMember { incarnation: device.incarnation, sector: device.sector };
             let key = (request.volume, request.set);
+            let mut known = false;
             {
                 let inner = device.lock();
                 if inner.closed_below.get(&request.volume).is_some_and(|&below| request.set.generation < below) {
@@ -41,12 +42,17 @@ impl Device {
                             && member.manifest == request.manifest
                             && member.replicas.is_empty() =>
                     {
-                        return Ok(made);
+                        known = true;
                     }
                     // A name of a set is used once (P1): what is there belongs to another process.
                     Some(_) => return Err(NodeError::Closed),
                     None => {}
                 }
+            }
+            if known {
+                // The call that made it may still be waiting for its flush.
+                device.flush().await?;
+                return Ok(made);
             }
             let record = LogRecord::MemberCreated {
                 volume: request.volume,
@@ -322,12 +328,14 @@ impl Device {
         spawned(&self.env, async move {
             let _running = running;
             device.check_writable()?;
+            let known;
             {
                 let mut inner = device.lock();
                 let member = device.live(&mut inner, &at)?;
-                if member.manifest.iter().any(|line| line.name == segment.name) {
-                    return Ok(());
-                }
+                known = member.manifest.iter().any(|line| line.name == segment.name);
+            }
+            if known {
+                return device.flush().await;
             }
             let record = LogRecord::Sealed { volume: at.volume, set: at.set, segment };
             let committed = device.commit(vec![record]).await?;
@@ -373,6 +381,8 @@ impl Device {
                     None => generation <= view.generation,
                 };
                 // Closed first: no append may begin in space that is about to be free.
+                let below = inner.closed_below.entry(view.volume).or_insert(view.generation);
+                *below = view.generation.max(*below);
                 for ((of, set), member) in &mut inner.state.members {
                     member.closed |= *of == view.volume && old_set(set);
                 }

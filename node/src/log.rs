@@ -71,6 +71,11 @@ impl Log {
         Self { disk, buffers, superblock, position: 0, sequence: 0 }
     }
 
+    /// Grows with every half begun.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.superblock.log_epoch
+    }
+
     /// Frames written so far.
     pub(crate) fn sequence(&self) -> u64 {
         self.sequence

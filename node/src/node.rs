@@ -244,7 +244,7 @@ impl NodeApi for Node {
     }
 
     fn delete_segments(&self, segments: Vec<SegmentName>) -> NodeResult<()> {
-        self.on_all(move |device| Box::pin(device.delete_segments(segments.clone())))
+        self.on_all(move |device| device.delete_segments(segments.clone()))
     }
 
     fn list_shards(

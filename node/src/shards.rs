@@ -1,7 +1,7 @@
 //! Shards and open shards on one device (P6, P7, P9).
 
 use crate::counters::count;
-use crate::device::{Committed, Device, Running};
+use crate::device::{Device, Running};
 use crate::finish::{Finish, spawned};
 use crate::format::{LogRecord, SHARD_HEADER_BYTES, ShardEntry};
 use crate::state::{Growing, OpenShard, map_range};
@@ -30,9 +30,12 @@ impl Device {
             if bytes == 0 || !bytes.is_multiple_of(4096) || bytes > SEGMENT_BYTES_MAX {
                 return Err(NodeError::Invalid);
             }
-            let old = device.locate(request.shard).await?;
-            if old.as_ref().is_some_and(|old| old.hash == request.hash && old.bytes == bytes) {
-                return Ok(());
+            if let Some(known) = device.locate(request.shard).await?
+                && known.hash == request.hash
+                && known.bytes == bytes
+            {
+                // The call that put it may still be waiting for its flush.
+                return device.flush().await;
             }
             let entry = {
                 let mut inner = device.lock();
@@ -41,42 +44,53 @@ impl Device {
                 let extents = inner.space.take(HEADER + bytes).ok_or(NodeError::NoSpace)?;
                 ShardEntry { bytes, hash: request.hash, extents, allocation }
             };
-            match device.place_shard(request.shard, &entry, request.data).await {
-                Ok(committed) => device.enter_shard(request.shard, entry, old.as_deref(), &committed).await,
-                // Never part of the state. (A failed or dead device gives nothing away any more.)
-                Err(error) => Err(error),
+            let mut pieces = Vec::with_capacity(request.data.len() + 1);
+            pieces.push(device.buffers.copy_of(&entry.header(device.id, request.shard)));
+            pieces.extend(request.data);
+            let ranges = map_range(&entry.extents, 0, HEADER + bytes).ok_or(NodeError::Invalid)?;
+            // (A device that fails gives nothing away any more.)
+            device.start_write(&ranges, pieces).await?;
+            let extents = entry.extents.clone();
+            match device.enter_shard(request.shard, entry).await {
+                Ok(()) => device.flush().await,
+                Err(error) => {
+                    if error == NodeError::Closed {
+                        device.give_back(&extents);
+                    }
+                    Err(error)
+                }
             }
         })
     }
 
-    /// Header, bytes and log record, all stable.
-    async fn place_shard(self: &Arc<Self>, shard: ShardId, entry: &ShardEntry, data: Vec<Buf>) -> Calls<Committed> {
-        let mut pieces = Vec::with_capacity(data.len() + 1);
-        pieces.push(self.buffers.copy_of(&entry.header(self.id, shard)));
-        pieces.extend(data);
-        let ranges = map_range(&entry.extents, 0, HEADER + entry.bytes).ok_or(NodeError::Invalid)?;
-        self.start_write(&ranges, pieces).await?;
+    /// Log record, index and location of a shard whose bytes are written; what it replaces is free. Stable after the next
+    /// flush.
+    async fn enter_shard(self: &Arc<Self>, shard: ShardId, entry: ShardEntry) -> Calls<()> {
+        let _tenancy = self.tenancy.lock().await;
+        let volume = shard.segment.volume;
+        let deleted = self.lock().closed_below.get(&volume).is_some_and(|below| below.0 == u64::MAX);
+        if deleted {
+            return Err(NodeError::Closed);
+        }
         let committed = self.commit(vec![LogRecord::ShardPut { shard, entry: entry.clone() }]).await?;
-        self.flush().await?;
-        Ok(committed)
-    }
-
-    /// Readers find the shard from now on; what it replaces is free.
-    async fn enter_shard(
-        self: &Arc<Self>,
-        shard: ShardId,
-        entry: ShardEntry,
-        old: Option<&ShardEntry>,
-        committed: &Committed,
-    ) -> Calls<()> {
         let index = Arc::clone(&self.index);
         let stored = entry.clone();
-        self.index_call(move || index.put(shard, &stored)).await?;
-        self.remember(shard, Arc::new(entry));
-        self.indexed(committed);
-        match old {
-            Some(old) => self.give_back(&old.extents),
-            None => self.lock().shards += 1,
+        let old = self
+            .index_call(move || {
+                let old = index.get(shard)?;
+                index.put(shard, &stored)?;
+                Ok(old)
+            })
+            .await?;
+        {
+            let mut inner = self.lock();
+            Self::forget(&mut inner, &[shard]);
+            Self::remember(&mut inner, shard, Arc::new(entry));
+            inner.shards += u64::from(old.is_none());
+        }
+        self.indexed(&committed);
+        if let Some(old) = old {
+            self.give_back(&old.extents);
         }
         Ok(())
     }
@@ -113,9 +127,13 @@ impl Device {
             let _running = running;
             device.check_writable()?;
             count(&device.counters.corrupt_found, 1);
-            let entry = device.locate(shard).await?.ok_or(NodeError::NotFound)?;
-            let ranges = Self::shard_ranges(&entry, offset, data.len() as u64)?;
-            device.start_write(&ranges, vec![data]).await?;
+            {
+                // Until the write is done the place must stay this shard's.
+                let _tenancy = device.tenancy.lock().await;
+                let entry = device.locate(shard).await?.ok_or(NodeError::NotFound)?;
+                let ranges = Self::shard_ranges(&entry, offset, data.len() as u64)?;
+                device.start_write(&ranges, vec![data]).await?;
+            }
             device.flush().await
         })
     }
@@ -155,52 +173,58 @@ impl Device {
         })
     }
 
-    pub(crate) async fn delete_segments(self: Arc<Self>, segments: Vec<SegmentName>) -> Calls<()> {
-        let _running = Running::new(&self);
-        self.check_writable()?;
-        let index = Arc::clone(&self.index);
-        let asked = segments.clone();
-        let found = self
-            .index_call(move || {
-                let mut found = Vec::new();
-                for segment in asked {
-                    found.extend(index.of_segment(segment)?);
+    pub(crate) fn delete_segments(self: &Arc<Self>, mut segments: Vec<SegmentName>) -> NodeResult<()> {
+        let device = Arc::clone(self);
+        let running = Running::new(self);
+        spawned(&self.env, async move {
+            let _running = running;
+            device.check_writable()?;
+            let _tenancy = device.tenancy.lock().await;
+            {
+                // Segments whose rows are still being written are left alone: the owner asks again, or its next
+                // generation does.
+                let mut inner = device.lock();
+                let busy = |name: &SegmentName| {
+                    inner.state.open_shards.iter().any(|(shard, open)| shard.segment == *name && open.in_flight > 0)
+                };
+                segments.retain(|name| !busy(name));
+                for (shard, open) in &mut inner.state.open_shards {
+                    open.finishing |= segments.contains(&shard.segment);
                 }
-                Ok(found)
-            })
-            .await?;
-        let open = self
-            .lock()
-            .state
-            .open_shards
-            .iter()
-            .any(|(shard, open)| segments.contains(&shard.segment) && open.in_flight == 0);
-        if found.is_empty() && !open {
-            return Ok(());
-        }
-        // Segments whose rows are still being written are left alone: the owner asks again, or its next generation does.
-        let busy: Vec<SegmentName> = {
-            let inner = self.lock();
-            let busy = inner.state.open_shards.iter().filter(|(_, open)| open.in_flight > 0);
-            busy.map(|(shard, _)| shard.segment).collect()
-        };
-        let segments: Vec<SegmentName> = segments.into_iter().filter(|segment| !busy.contains(segment)).collect();
-        let committed = self.commit(vec![LogRecord::SegmentsFreed { segments }]).await?;
-        self.drop_entries(found).await?;
-        self.indexed(&committed);
-        self.give_back(&committed.freed);
-        Ok(())
+            }
+            let index = Arc::clone(&device.index);
+            let asked = segments.clone();
+            let found = device
+                .index_call(move || {
+                    let mut found = Vec::new();
+                    for segment in asked {
+                        found.extend(index.of_segment(segment)?);
+                    }
+                    Ok(found)
+                })
+                .await?;
+            let open = device.lock().state.open_shards.keys().any(|shard| segments.contains(&shard.segment));
+            if found.is_empty() && !open {
+                return Ok(());
+            }
+            let committed = device.commit(vec![LogRecord::SegmentsFreed { segments }]).await?;
+            device.drop_entries(found).await?;
+            device.indexed(&committed);
+            device.give_back(&committed.freed);
+            Ok(())
+        })
     }
 
-    /// Takes entries out of the index and frees their space. The log record stands before the space can be given to
-    /// somebody else: log frames are written in order, and a later flush covers the earlier ones.
+    /// Takes entries out of the index and frees their space; the caller holds the tenancy and found them under it. The log
+    /// record stands before the space can be given to somebody else: log frames are written in order, and a later flush
+    /// covers the earlier ones.
     async fn drop_entries(self: &Arc<Self>, found: Vec<(ShardId, ShardEntry)>) -> Calls<()> {
         let shards: Vec<ShardId> = found.iter().map(|(shard, _)| *shard).collect();
         let index = Arc::clone(&self.index);
         let removed = shards.clone();
         self.index_call(move || index.remove(&removed)).await?;
-        self.forget(&shards);
         let mut inner = self.lock();
+        Self::forget(&mut inner, &shards);
         inner.shards = inner.shards.saturating_sub(found.len() as u64);
         for (_, entry) in &found {
             inner.space.put_back(&entry.extents);
@@ -233,6 +257,7 @@ impl Device {
             }
             progress.await;
         }
+        let _tenancy = self.tenancy.lock().await;
         let index = Arc::clone(&self.index);
         let mut page = self.index_call(move || index.volume_page(volume, None, 1024)).await?;
         let holds = {
@@ -313,6 +338,7 @@ impl Device {
                 Some(open) if open.incarnation != self.incarnation => {
                     return Err(NodeError::NotLive { current: self.incarnation });
                 }
+                Some(open) if open.finishing => return Err(NodeError::Invalid),
                 Some(open) => open.space.reserved(),
                 None => 0,
             };
@@ -331,6 +357,7 @@ impl Device {
                 // The header's place counts as written: it will be, when the shard is finished.
                 space: Growing::from(HEADER),
                 in_flight: 0,
+                finishing: false,
             };
             let open = inner.state.open_shards.entry(shard).or_insert(fresh);
             open.space.grow(grown.clone());
@@ -386,37 +413,64 @@ impl Device {
         spawned(&self.env, async move {
             let _running = running;
             device.check_writable()?;
-            let extents = {
-                let inner = device.lock();
-                inner.state.open_shards.get(&shard).map(|open| (open.space.clone(), open.incarnation))
-            };
-            let Some((space, made_by)) = extents else {
-                // Finished already?
-                return match device.locate(shard).await? {
-                    Some(entry) if entry.hash == hash && entry.bytes == bytes => Ok(()),
-                    Some(_) => Err(NodeError::Invalid),
-                    None => Err(NodeError::NotFound),
-                };
-            };
-            if incarnation != device.incarnation || made_by != incarnation {
-                return Err(NodeError::NotLive { current: device.incarnation });
+            if let Some(space) = device.begin_finish(incarnation, shard, bytes)? {
+                let finished = device.finish_in_place(shard, space, bytes, hash).await;
+                if let Some(open) = device.lock().state.open_shards.get_mut(&shard) {
+                    // It failed: the shard is still open.
+                    open.in_flight -= 1;
+                    open.finishing = false;
+                }
+                device.progress.notify_waiters();
+                finished?;
+                return device.flush().await;
             }
-            if space.contiguous != HEADER + bytes {
-                return Err(NodeError::Invalid);
+            // Finished already? The call that did it may still be waiting for its flush.
+            match device.locate(shard).await? {
+                Some(entry) if entry.hash == hash && entry.bytes == bytes => device.flush().await,
+                Some(_) => Err(NodeError::Invalid),
+                None => Err(NodeError::NotFound),
             }
-            let allocation = {
-                let mut inner = device.lock();
-                inner.allocation += 1;
-                inner.allocation
-            };
-            let entry = ShardEntry { bytes, hash, extents: space.extents, allocation };
-            let header = device.buffers.copy_of(&entry.header(device.id, shard));
-            let ranges = map_range(&entry.extents, 0, HEADER).ok_or(NodeError::Invalid)?;
-            device.start_write(&ranges, vec![header]).await?;
-            // The record takes the extents over from the open shard.
-            let committed = device.commit(vec![LogRecord::ShardPut { shard, entry: entry.clone() }]).await?;
-            device.flush().await?;
-            device.enter_shard(shard, entry, None, &committed).await
         })
+    }
+
+    /// Marks an open shard as being finished: nothing is appended to it and nobody frees it meanwhile. `None`: it is not
+    /// open.
+    fn begin_finish(&self, incarnation: Incarnation, shard: ShardId, bytes: u64) -> Calls<Option<Growing>> {
+        let mut inner = self.lock();
+        let below = inner.closed_below.get(&shard.segment.volume);
+        if below.is_some_and(|&below| shard.segment.generation < below) {
+            return Err(NodeError::Closed);
+        }
+        let Some(open) = inner.state.open_shards.get_mut(&shard) else { return Ok(None) };
+        if incarnation != self.incarnation || open.incarnation != incarnation {
+            return Err(NodeError::NotLive { current: self.incarnation });
+        }
+        if open.space.contiguous != HEADER + bytes || open.finishing {
+            return Err(NodeError::Invalid);
+        }
+        open.finishing = true;
+        open.in_flight += 1;
+        Ok(Some(open.space.clone()))
+    }
+
+    /// Header, log record and index of an open shard that has all its bytes.
+    async fn finish_in_place(
+        self: &Arc<Self>,
+        shard: ShardId,
+        space: Growing,
+        bytes: u64,
+        hash: [u8; 32],
+    ) -> Calls<()> {
+        let allocation = {
+            let mut inner = self.lock();
+            inner.allocation += 1;
+            inner.allocation
+        };
+        let entry = ShardEntry { bytes, hash, extents: space.extents, allocation };
+        let header = self.buffers.copy_of(&entry.header(self.id, shard));
+        let ranges = map_range(&entry.extents, 0, HEADER).ok_or(NodeError::Invalid)?;
+        self.start_write(&ranges, vec![header]).await?;
+        // The record takes the extents over from the open shard.
+        self.enter_shard(shard, entry).await
     }
 }

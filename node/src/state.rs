@@ -102,8 +102,10 @@ pub struct OpenShard {
     pub incarnation: Incarnation,
     /// Header space, then its bytes.
     pub space: Growing,
-    /// Appends whose device writes run.
+    /// Appends whose device writes run, and its finish.
     pub in_flight: usize,
+    /// Takes no more appends and no other finish: it is being finished or freed.
+    pub finishing: bool,
 }
 
 /// Everything but sealed shards.
@@ -179,7 +181,7 @@ impl State {
                 (freed, Some(IndexChange::Volume(volume)))
             }
             LogRecord::OpenShardGrew { shard, boot, incarnation, extents } => {
-                let space = OpenShard { boot, incarnation, space: Growing::default(), in_flight: 0 };
+                let space = OpenShard { boot, incarnation, space: Growing::default(), in_flight: 0, finishing: false };
                 self.open_shards.entry(shard).or_insert(space).space.grow(extents);
                 (Vec::new(), None)
             }

@@ -51,6 +51,9 @@ impl ShardIndex for KeptIndex {
     fn is_new(&self) -> bool {
         false
     }
+    fn filled(&self) -> xsan_node::shard_index::IndexResult<()> {
+        Ok(())
+    }
 }
 
 struct Bench {
@@ -411,14 +414,16 @@ fn a_device_of_another_cluster_and_a_damaged_log_are_refused() {
             Node::open(&env, config, vec![handle])
         };
         assert!(matches!(open(2).await.err(), Some(xsan_node::NodeOpenError::OtherCluster { .. })));
-        // The first frame, with flushed ones behind it: not a torn tail.
-        bench.disk.flip_bit(xsan_node::format::LOG_OFFSET + 100, 3);
+        // The first frame of the half that the node began at its start, with flushed ones behind it: not a torn tail.
+        let half = xsan_node::format::LOG_OFFSET + (1 << 20);
+        bench.disk.flip_bit(half + 100, 3);
         assert!(matches!(open(1).await.err(), Some(xsan_node::NodeOpenError::LogDamaged { .. })));
-        bench.disk.flip_bit(xsan_node::format::LOG_OFFSET + 100, 3);
+        bench.disk.flip_bit(half + 100, 3);
         for offset in xsan_node::format::SUPERBLOCK_OFFSETS {
-            assert!(open(1).await.is_ok(), "one superblock is enough");
             bench.disk.flip_bit(offset + 20, 1);
+            assert!(open(1).await.is_ok(), "one superblock is enough, and writes the other anew");
         }
+        xsan_node::format::SUPERBLOCK_OFFSETS.into_iter().for_each(|offset| bench.disk.flip_bit(offset + 20, 1));
         assert!(matches!(open(1).await.err(), Some(xsan_node::NodeOpenError::SuperblockDamaged)));
     });
 }
@@ -530,6 +535,9 @@ impl ShardIndex for SlowIndex {
     }
     fn is_new(&self) -> bool {
         false
+    }
+    fn filled(&self) -> xsan_node::shard_index::IndexResult<()> {
+        Ok(())
     }
 }
 

@@ -18,6 +18,9 @@ use xsan_erasure::{Piece, Stripe};
 use xsan_types::{BLOCK_BYTES, Crc32c, SegmentName, ShardId, ShardIndex, crc32c};
 use xsan_wire::node::{NodeError, NodeResult};
 
+/// Rounds that a late read waits for its turn to ask the others.
+const HEDGE_ROUNDS_MAX: usize = 16;
+
 /// Bytes of a block.
 pub(crate) const BLOCK: usize = BLOCK_BYTES as usize;
 
@@ -213,7 +216,11 @@ async fn hedge(reading: &Reading, unit: &Unit, mut first: ShardRead, have: &[Col
     let (started, load) = (first.started, Arc::clone(&first.load));
     let late = Late::new(&load);
     // Only so many reads may be hedged: when everything is slow, asking more often makes it slower.
-    while !shared.hedges.spend() {
+    // But a device that stalls for good earns nothing more for those that wait for it.
+    for _ in 0..HEDGE_ROUNDS_MAX {
+        if shared.hedges.spend() {
+            break;
+        }
         if let Some(answer) = shared.env.timeout(shared.late_after(), first.wait(shared)).await {
             return settle(reading, unit, judge(unit, answer), have).await;
         }

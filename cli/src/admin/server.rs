@@ -201,9 +201,24 @@ async fn delete_volume(
     if clients > 0 && !request.force {
         return Err(ClusterError::InUse { name, clients }.into());
     }
-    admin.cluster.volumes().delete(id, pool).await?;
-    admin.gateway.disconnect(&name).await;
-    Ok(Json(Done {}))
+    to_its_end(admin.clone(), async move {
+        admin.cluster.volumes().delete(id, pool).await?;
+        admin.gateway.disconnect(&name).await;
+        Ok(Json(Done {}))
+    })
+    .await
+}
+
+/// Runs a change of several steps as a task: a client that hangs up must not leave it half done.
+async fn to_its_end(admin: Admin, change: impl Future<Output = Answer<Done>> + Send + 'static) -> Answer<Done> {
+    let (done, outcome) = tokio::sync::oneshot::channel();
+    drop(admin.cluster.env().spawn("admin-change", async move {
+        let _ = done.send(change.await);
+    }));
+    match outcome.await {
+        Ok(answer) => answer,
+        Err(_) => Err(ClusterError::Invalid("the change ended without an answer".into()).into()),
+    }
 }
 
 async fn stop_node(
@@ -211,11 +226,17 @@ async fn stop_node(
     Path(name): Path<String>,
     Json(request): Json<StopNode>,
 ) -> Answer<Done> {
-    admin.cluster.stop_node(&name, request.crash).await?;
-    Ok(Json(Done {}))
+    to_its_end(admin.clone(), async move {
+        admin.cluster.stop_node(&name, request.crash).await?;
+        Ok(Json(Done {}))
+    })
+    .await
 }
 
 async fn start_node(State(admin): State<Admin>, Path(name): Path<String>) -> Answer<Done> {
-    admin.cluster.start_node(&name).await?;
-    Ok(Json(Done {}))
+    to_its_end(admin.clone(), async move {
+        admin.cluster.start_node(&name).await?;
+        Ok(Json(Done {}))
+    })
+    .await
 }

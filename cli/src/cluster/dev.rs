@@ -503,8 +503,9 @@ impl DevCluster {
                 continue;
             }
             for register in &registers {
-                // A volume that was never owned has nothing to free.
-                if register.generation.0 > 0
+                // A volume that was never owned has nothing to free. One without a set may be between an owner's first
+                // words: what is unregistered then may be about to serve.
+                if (register.set.is_some() || register.deleted)
                     && let Err(error) = node.handle.registered(*register).await
                 {
                     tracing::warn!(node = node.name, volume = %register.volume, %error, "cannot free what is old");

@@ -11,13 +11,14 @@ use xsan_types::{ShardId, VolumeId};
 /// Several nodes share a process: small caches.
 const CACHE_BYTES: u64 = 4 << 20;
 const MEMTABLE_BYTES: u64 = 4 << 20;
-/// Set when the index is made.
+/// Set when the index shows the whole device: one that was cut short while it was filled is filled again.
 const MADE: &str = "made";
 
 /// A fjall database in its own directory.
 pub struct FjallIndex {
     database: Database,
     shards: Keyspace,
+    marks: Keyspace,
     new: bool,
 }
 
@@ -39,10 +40,7 @@ impl FjallIndex {
             // A mark of its own tells an index that was made just now from one that is empty.
             let marks = database.keyspace("marks", options).map_err(engine)?;
             let new = marks.get(MADE).map_err(engine)?.is_none();
-            if new {
-                marks.insert(MADE, [1]).map_err(engine)?;
-            }
-            Ok(Self { database, shards, new })
+            Ok(Self { database, shards, marks, new })
         })
         .await
     }
@@ -113,5 +111,13 @@ impl ShardIndex for FjallIndex {
 
     fn is_new(&self) -> bool {
         self.new
+    }
+
+    fn filled(&self) -> IndexResult<()> {
+        if self.new {
+            self.marks.insert(MADE, [1]).map_err(engine)?;
+            self.persist()?;
+        }
+        Ok(())
     }
 }

@@ -43,8 +43,10 @@ pub trait ShardIndex: Send + Sync + 'static {
     ) -> IndexResult<Vec<(ShardId, ShardEntry)>>;
     /// Makes everything so far survive power loss.
     fn persist(&self) -> IndexResult<()>;
-    /// Whether it was made just now: a device that was used before is scanned to fill it again.
+    /// Whether it was never filled: a device that was used before is scanned then.
     fn is_new(&self) -> bool;
+    /// Notes, durably, that it shows the whole device; called once everything before is durable.
+    fn filled(&self) -> IndexResult<()>;
 
     /// Shards of one segment.
     fn of_segment(&self, segment: SegmentName) -> IndexResult<Vec<(ShardId, ShardEntry)>> {
@@ -101,6 +103,9 @@ impl ShardIndex for MemoryIndex {
     }
     fn is_new(&self) -> bool {
         self.entries().is_empty()
+    }
+    fn filled(&self) -> IndexResult<()> {
+        Ok(())
     }
 }
 
