@@ -1,0 +1,287 @@
+//! What goes wrong, and when. The budget: at most m hosts are down or damaged at once, where a host stays damaged after its return
+//! until the volume has all its redundancy again; all hosts together may crash or lose power at any time.
+
+use crate::executor::Dice;
+use crate::workload;
+use crate::world::{Gateway, Host, Tally, World, read_bytes};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// Time after which a volume must be whole again when nothing goes wrong any more.
+const HEAL_MAX: Duration = Duration::from_secs(120);
+
+/// Plans and commits faults.
+pub struct Planner {
+    world: Arc<World>,
+    dice: Dice,
+    /// Hosts whose loss would count on top of another's.
+    damaged: BTreeSet<u64>,
+}
+
+impl Planner {
+    /// A planner of the faults of `world`.
+    #[must_use]
+    pub fn new(world: &Arc<World>, dice: Dice) -> Self {
+        Self { world: Arc::clone(world), dice, damaged: BTreeSet::new() }
+    }
+
+    /// Faults, one after the other.
+    pub async fn run(&mut self, faults: u64) {
+        self.new_gateway();
+        self.change_weather();
+        for _ in 0..faults {
+            let micros =
+                if self.dice.chance(400) { self.dice.skewed(1_500_000) } else { self.dice.between(50_000, 2_500_000) };
+            let pause = Duration::from_micros(micros);
+            self.world.env.sleep(pause).await;
+            Tally::count(&self.world.tally.faults);
+            self.fault().await;
+            self.mourn();
+        }
+    }
+
+    async fn fault(&mut self) {
+        match self.dice.below(100) {
+            0..=19 => self.crash_gateway().await,
+            20..=27 => self.second_gateway().await,
+            28..=33 => self.hand_over().await,
+            34..=59 => self.lose_node().await,
+            60..=69 => self.heal().await,
+            70..=77 => self.restart_everything(false).await,
+            78..=87 => self.restart_everything(true).await,
+            88..=92 => self.restart_meta().await,
+            _ => self.change_weather(),
+        }
+    }
+
+    fn note(&self, event: &str) {
+        self.world.executor.note(|| event.to_owned());
+    }
+
+    /// A gateway whose volume stopped by itself is replaced.
+    fn mourn(&mut self) {
+        let Some(gateway) = self.world.newest_gateway() else { return self.new_gateway() };
+        if let Some(volume) = gateway.volume()
+            && volume.status().health.is_final()
+        {
+            self.world.executor.note(|| format!("gateway {}: {:?}", gateway.owner.0, volume.status().health));
+            self.world.stop_gateway(&gateway);
+            self.new_gateway();
+        }
+    }
+
+    fn new_gateway(&mut self) {
+        let gateway = self.world.start_gateway();
+        let (world, serving) = (Arc::clone(&self.world), Arc::clone(&gateway));
+        drop(gateway.env.spawn("gateway", async move {
+            if let Some(volume) = world.take_over(&serving).await {
+                workload::start(&world, &serving, &volume);
+            }
+        }));
+    }
+
+    fn stop_gateways(&self) {
+        for gateway in self.world.gateways() {
+            self.world.stop_gateway(&gateway);
+        }
+    }
+
+    async fn crash_gateway(&mut self) {
+        self.note("fault: the gateway crashes");
+        self.stop_gateways();
+        let pause = Duration::from_micros(self.dice.skewed(300_000));
+        self.world.env.sleep(pause).await;
+        self.new_gateway();
+    }
+
+    /// Another gateway takes over while the first one serves on, as far as it can.
+    async fn second_gateway(&mut self) {
+        self.note("fault: a second gateway takes over");
+        let old = self.world.gateways();
+        self.new_gateway();
+        let pause = Duration::from_micros(self.dice.skewed(2_000_000));
+        self.world.env.sleep(pause).await;
+        for gateway in old {
+            self.world.stop_gateway(&gateway);
+        }
+    }
+
+    async fn hand_over(&mut self) {
+        let Some(volume) = self.world.newest_gateway().and_then(|gateway| gateway.volume()) else { return };
+        self.note("the gateway hands the volume over");
+        let patience = Duration::from_micros(self.dice.skewed(4_000_000));
+        match self.world.env.timeout(patience, volume.close()).await {
+            None => self.note("the hand-over is cut short"),
+            Some(Err(error)) => self.world.executor.note(|| format!("the hand-over fails: {error}")),
+            Some(Ok(())) => {}
+        }
+        drop(volume);
+        self.stop_gateways();
+        self.new_gateway();
+    }
+
+    /// A node crashes or its host loses power, within the budget; it comes back by itself or when it is healed.
+    async fn lose_node(&mut self) {
+        let host = self.dice.below(self.world.hosts.len() as u64) as usize;
+        let number = self.world.hosts[host].number;
+        let tolerated = self.world.shape.scheme.tolerates();
+        if self.damaged.len() >= tolerated && !self.damaged.contains(&number) {
+            return;
+        }
+        self.damaged.insert(number);
+        let power = self.dice.chance(400);
+        self.world.executor.note(|| format!("fault: n{number} {}", if power { "loses power" } else { "crashes" }));
+        self.world.stop_node(&self.world.hosts[host], power);
+        let noticed = Duration::from_micros(self.dice.skewed(800_000));
+        let back = self.dice.chance(600).then(|| Duration::from_micros(self.dice.skewed(1_500_000)));
+        let world = Arc::clone(&self.world);
+        drop(self.world.env.spawn("fate of a node", async move {
+            let host: &Host = &world.hosts[host];
+            if let Some(back) = back.filter(|back| *back < noticed) {
+                // Back before anybody noticed.
+                world.env.sleep(back).await;
+                return world.start_node(host).await;
+            }
+            world.env.sleep(noticed).await;
+            if !world.is_up(host) {
+                world.believe(host, false).await;
+            }
+            if let Some(back) = back {
+                world.env.sleep(back).await;
+                world.start_node(host).await;
+            }
+        }));
+    }
+
+    async fn restart_meta(&mut self) {
+        self.note("fault: the metadata crashes");
+        self.world.stop_meta(self.dice.chance(300));
+        let pause = Duration::from_micros(self.dice.skewed(1_000_000));
+        self.world.env.sleep(pause).await;
+        self.world.start_meta().await;
+    }
+
+    /// All processes end, or all hosts lose power; they come back in any order.
+    async fn restart_everything(&mut self, power: bool) {
+        self.note(if power { "fault: all power goes" } else { "fault: all processes crash" });
+        self.stop_gateways();
+        self.world.stop_meta(power);
+        for host in &self.world.hosts {
+            self.world.stop_node(host, power);
+        }
+        if power {
+            self.world.model().power_loss();
+        }
+        self.world.start_meta().await;
+        // Who was away before may stay away for longer.
+        let mut hosts: Vec<usize> = (0..self.world.hosts.len()).collect();
+        let early = self.dice.below(hosts.len() as u64 + 1);
+        for started in 0..hosts.len() {
+            if started as u64 == early {
+                self.new_gateway();
+            }
+            let host = hosts.swap_remove(self.dice.below(hosts.len() as u64) as usize);
+            let host = &self.world.hosts[host];
+            if self.damaged.contains(&host.number) && self.dice.chance(300) {
+                continue;
+            }
+            self.world.start_node(host).await;
+            let pause = Duration::from_micros(self.dice.skewed(100_000));
+            self.world.env.sleep(pause).await;
+        }
+        if self.world.newest_gateway().is_none() {
+            self.new_gateway();
+        }
+    }
+
+    fn change_weather(&mut self) {
+        let bad = self.dice.chance(500);
+        let mut draw = |most: u64| if bad { self.dice.skewed(most) } else { 0 };
+        let weather = &self.world.weather;
+        weather.lost_request.store(draw(8), Ordering::Relaxed);
+        weather.lost_answer.store(draw(8), Ordering::Relaxed);
+        weather.late_request.store(draw(8), Ordering::Relaxed);
+        let delay = [20, 200, 2_000, 20_000][self.dice.below(4) as usize];
+        weather.delay_us.store(delay, Ordering::Relaxed);
+        self.world.executor.note(|| format!("weather: {weather:?}"));
+    }
+
+    /// All hosts come back, and the volume gets all its redundancy back, or does not in time.
+    async fn heal(&mut self) {
+        for host in &self.world.hosts {
+            self.world.start_node(host).await;
+        }
+        let patience = Duration::from_micros(self.dice.skewed(8_000_000));
+        let world = Arc::clone(&self.world);
+        if world.env.timeout(patience, self.whole()).await.is_some() {
+            self.note("all is whole again");
+            self.damaged.clear();
+        }
+    }
+
+    /// Completes when the newest gateway serves with all members, no holes, and everything flushed.
+    async fn whole(&mut self) {
+        loop {
+            self.mourn();
+            let step = Duration::from_millis(50);
+            self.world.env.sleep(step).await;
+            if !self.world.hosts.iter().all(|host| self.world.is_up(host)) {
+                continue;
+            }
+            let Some(gateway) = self.world.newest_gateway() else { continue };
+            let Some(volume) = gateway.volume() else { continue };
+            if volume.flush().await.is_err() || volume.checkpoint().await.is_err() || volume.flush().await.is_err() {
+                continue;
+            }
+            let status = volume.status();
+            if status.segments_with_holes == 0 && status.members.len() == status.members_wanted {
+                return;
+            }
+        }
+    }
+
+    /// Nothing goes wrong any more: the volume must become whole and hold what it must.
+    pub async fn finish(&mut self) {
+        self.note("the faults stop");
+        self.world.weather.calm();
+        self.world.start_meta().await;
+        self.mourn();
+        for host in &self.world.hosts {
+            self.world.start_node(host).await;
+        }
+        let world = Arc::clone(&self.world);
+        if world.env.timeout(HEAL_MAX, self.whole()).await.is_none() {
+            let status = world.newest_gateway().and_then(|gateway| gateway.volume()).map(|volume| volume.status());
+            return world.executor.fail(format!("not whole after {HEAL_MAX:?} without faults: {status:?}"));
+        }
+        self.world.quiet.store(true, Ordering::Relaxed);
+        self.check_all().await;
+        // Once more from the disks.
+        let power = self.dice.chance(700);
+        self.restart_everything(power).await;
+        for host in &world.hosts {
+            world.start_node(host).await;
+        }
+        if world.env.timeout(HEAL_MAX, self.whole()).await.is_none() {
+            return world.executor.fail("not whole after the last restart");
+        }
+        self.check_all().await;
+    }
+
+    async fn check_all(&mut self) {
+        let gateway: Option<Arc<Gateway>> = self.world.newest_gateway();
+        let Some(volume) = gateway.and_then(|gateway| gateway.volume()) else { return };
+        let bytes = self.world.model().bytes();
+        let ticket = self.world.model().reading(0);
+        let read = read_bytes(&volume, 0, bytes).await;
+        let judged = match read {
+            Ok(image) => self.world.model().read(&ticket, &image).map_err(|broken| broken.to_string()),
+            Err(error) => Err(format!("the last read fails: {error}")),
+        };
+        if let Err(what) = judged {
+            self.world.executor.fail(what);
+        }
+    }
+}
