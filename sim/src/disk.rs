@@ -155,7 +155,4 @@ impl ShardIndex for OpenIndex {
     fn filled(&self) -> IndexResult<()> {
         self.persist()
     }
-    fn filled(&self) -> IndexResult<()> {
-        Ok(())
-    }
 }
