@@ -424,6 +424,30 @@ fn a_volume_that_has_stopped_answers_every_request_with_an_error() {
     });
 }
 
+/// Found by a simulated cluster: after one failed attempt a set with fewer members was never made larger again.
+#[test]
+fn a_set_with_fewer_members_grows_though_an_attempt_fails() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let env = OsRuntime::current();
+        let rig = Rig::new(&env, 1, Scheme::rs(4, 2).unwrap(), false, AckPolicy::Replicated);
+        let devices = rig.store.devices();
+        devices[..4].iter().for_each(|&device| rig.store.stop(device));
+        let volume = rig.open().await;
+        assert_eq!(volume.status().members.len(), 2, "as many as are up");
+        rig.store.plan(0, Fault::Refuse);
+        // The one change that is reported.
+        rig.store.start(devices[0]);
+        let grown = async {
+            while volume.status().members.len() < volume.status().members_wanted {
+                env.sleep(Duration::from_millis(20)).await;
+            }
+        };
+        assert!(env.timeout(Duration::from_secs(20), grown).await.is_some(), "{:?}", volume.status());
+        assert_eq!(rig.store.planned_faults(), 0, "the first attempt failed");
+    });
+}
+
 fn seeds(from: u64, scheme: Scheme, delays: bool, ack: AckPolicy) {
     let count = std::env::var("XSAN_TEST_SEEDS").ok().and_then(|count| count.parse().ok()).unwrap_or(6);
     let steps = if delays { 60 } else { 120 };

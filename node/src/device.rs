@@ -148,6 +148,8 @@ impl Device {
             // The log's changes come after what the headers say.
             changes.splice(0..0, found.into_iter().map(|(shard, entry)| IndexChange::Put(shard, entry)));
         }
+        // What was read may be in a volatile cache only, and the index must not get ahead of it.
+        disk.flush().await.map_err(unknown)?;
         let (space, shards, allocation) = {
             let index = Arc::clone(&index);
             let used: Vec<Extent> = state.extents().collect();
@@ -347,6 +349,32 @@ impl Device {
         for number in &committed.unindexed {
             inner.unindexed.remove(number);
         }
+    }
+
+    /// Whether the shard index still lacks what was committed: nobody has freed or replaced it meanwhile.
+    pub(crate) fn is_unindexed(&self, committed: &Committed) -> bool {
+        let inner = self.lock();
+        committed.unindexed.iter().all(|number| inner.unindexed.contains_key(number))
+    }
+
+    pub(crate) fn has_unindexed_puts(&self, which: impl Fn(&ShardId) -> bool) -> bool {
+        let inner = self.lock();
+        inner.unindexed.values().any(|record| matches!(record, LogRecord::ShardPut { shard, .. } if which(shard)))
+    }
+
+    /// Shards that wait for the index and that `committed` replaces or frees: they never reach it, and their space is free.
+    /// (Records are written in order: what takes the space is lost with `committed` or not at all.)
+    pub(crate) fn withdraw_puts(&self, committed: &Committed, which: impl Fn(&ShardId) -> bool) {
+        let Some(&before) = committed.unindexed.first() else { return };
+        let mut freed = Vec::new();
+        self.lock().unindexed.retain(|&number, record| match record {
+            LogRecord::ShardPut { shard, entry } if number < before && which(shard) => {
+                freed.append(&mut entry.extents);
+                false
+            }
+            _ => true,
+        });
+        self.give_back(&freed);
     }
 
     async fn flip(&self, log: &mut Log) -> Result<(), NodeError> {

@@ -33,6 +33,7 @@ impl Device {
             if let Some(known) = device.locate(request.shard).await?
                 && known.hash == request.hash
                 && known.bytes == bytes
+                && device.is_whole(&known).await?
             {
                 // The call that put it may still be waiting for its flush.
                 return device.flush().await;
@@ -51,28 +52,34 @@ impl Device {
             // (A device that fails gives nothing away any more.)
             device.start_write(&ranges, pieces).await?;
             let extents = entry.extents.clone();
-            match device.enter_shard(request.shard, entry).await {
-                Ok(()) => device.flush().await,
-                Err(error) => {
-                    if error == NodeError::Closed {
-                        device.give_back(&extents);
-                    }
-                    Err(error)
-                }
+            let entered = device.enter_shard(request.shard, entry).await;
+            if entered == Err(NodeError::Closed) {
+                device.give_back(&extents);
             }
+            entered
         })
     }
 
-    /// Log record, index and location of a shard whose bytes are written; what it replaces is free. Stable after the next
-    /// flush.
+    /// Log record, flush, index and location of a shard whose bytes are written, in this order: the index survives power
+    /// loss by its own rules, and must never show a shard whose record (and bytes) may be lost. What it replaces is free.
     async fn enter_shard(self: &Arc<Self>, shard: ShardId, entry: ShardEntry) -> Calls<()> {
+        let committed = {
+            let _tenancy = self.tenancy.lock().await;
+            let volume = shard.segment.volume;
+            let deleted = self.lock().closed_below.get(&volume).is_some_and(|below| below.0 == u64::MAX);
+            if deleted {
+                return Err(NodeError::Closed);
+            }
+            let committed = self.commit(vec![LogRecord::ShardPut { shard, entry: entry.clone() }]).await?;
+            self.withdraw_puts(&committed, |put| *put == shard);
+            committed
+        };
+        self.flush().await?;
         let _tenancy = self.tenancy.lock().await;
-        let volume = shard.segment.volume;
-        let deleted = self.lock().closed_below.get(&volume).is_some_and(|below| below.0 == u64::MAX);
-        if deleted {
-            return Err(NodeError::Closed);
+        if !self.is_unindexed(&committed) {
+            // Freed or replaced meanwhile, and its space given back.
+            return Ok(());
         }
-        let committed = self.commit(vec![LogRecord::ShardPut { shard, entry: entry.clone() }]).await?;
         let index = Arc::clone(&self.index);
         let stored = entry.clone();
         let old = self
@@ -156,21 +163,30 @@ impl Device {
         let device = Arc::clone(self);
         Box::pin(async move {
             let entry = device.locate(shard).await?.ok_or(NodeError::NotFound)?;
-            let mut hasher = blake3::Hasher::new();
-            let mut offset = 0;
-            while offset < entry.bytes {
-                let bytes = (entry.bytes - offset).min(VERIFY_BYTES);
-                let ranges = Self::shard_ranges(&entry, offset, bytes)?;
-                hasher.update(&device.read_ranges(&ranges).await?);
-                offset += bytes;
-                xsan_env::yield_now().await;
-            }
-            if *hasher.finalize().as_bytes() == entry.hash {
+            if device.is_whole(&entry).await? {
                 return Ok(());
             }
             count(&device.counters.corrupt_found, 1);
             Err(NodeError::Corrupt)
         })
+    }
+
+    /// Whether a shard's bytes can be read and have its hash.
+    async fn is_whole(&self, entry: &ShardEntry) -> Calls<bool> {
+        let mut hasher = blake3::Hasher::new();
+        let mut offset = 0;
+        while offset < entry.bytes {
+            let bytes = (entry.bytes - offset).min(VERIFY_BYTES);
+            let ranges = Self::shard_ranges(entry, offset, bytes)?;
+            match self.read_ranges(&ranges).await {
+                Ok(read) => hasher.update(&read),
+                Err(NodeError::Corrupt) => return Ok(false),
+                Err(error) => return Err(error),
+            };
+            offset += bytes;
+            xsan_env::yield_now().await;
+        }
+        Ok(*hasher.finalize().as_bytes() == entry.hash)
     }
 
     pub(crate) fn delete_segments(self: &Arc<Self>, mut segments: Vec<SegmentName>) -> NodeResult<()> {
@@ -204,10 +220,11 @@ impl Device {
                 })
                 .await?;
             let open = device.lock().state.open_shards.keys().any(|shard| segments.contains(&shard.segment));
-            if found.is_empty() && !open {
+            if found.is_empty() && !open && !device.has_unindexed_puts(|put| segments.contains(&put.segment)) {
                 return Ok(());
             }
-            let committed = device.commit(vec![LogRecord::SegmentsFreed { segments }]).await?;
+            let committed = device.commit(vec![LogRecord::SegmentsFreed { segments: segments.clone() }]).await?;
+            device.withdraw_puts(&committed, |put| segments.contains(&put.segment));
             device.drop_entries(found).await?;
             device.indexed(&committed);
             device.give_back(&committed.freed);
@@ -265,11 +282,12 @@ impl Device {
             inner.state.members.keys().any(|(of, _)| *of == volume)
                 || inner.state.open_shards.keys().any(|shard| shard.segment.volume == volume)
         };
-        if page.is_empty() && !holds {
+        if page.is_empty() && !holds && !self.has_unindexed_puts(|put| put.segment.volume == volume) {
             return Ok(());
         }
         let committed = self.commit(vec![LogRecord::VolumeFreed { volume }]).await?;
         self.flush().await?;
+        self.withdraw_puts(&committed, |put| put.segment.volume == volume);
         self.give_back(&committed.freed);
         while !page.is_empty() {
             self.drop_entries(page).await?;
@@ -421,8 +439,10 @@ impl Device {
                     open.finishing = false;
                 }
                 device.progress.notify_waiters();
-                finished?;
-                return device.flush().await;
+                return finished;
+            }
+            if incarnation != device.incarnation {
+                return Err(NodeError::NotLive { current: device.incarnation });
             }
             // Finished already? The call that did it may still be waiting for its flush.
             match device.locate(shard).await? {

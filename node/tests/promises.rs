@@ -227,6 +227,43 @@ fn what_was_flushed_survives_power_loss_at_every_io() {
     });
 }
 
+/// The index may outlive what it tells of: a put that is repeated must not take its word for the bytes.
+#[test]
+fn a_put_that_is_repeated_after_power_loss_is_there_when_it_is_answered() {
+    run(|_| async move {
+        for nth in 1.. {
+            let before = boot(1);
+            let bench = Bench::new(&before, 64 << 20).await;
+            let node = bench.open(&before).await;
+            bench.disk.fail_nth(Operation::Any, nth, EIO);
+            let mut done = true;
+            for number in 1..4 {
+                done &= node.put_shard(shard(number)).await.is_ok();
+            }
+            node.kill().await;
+            bench.disk.power_off(Keep::Seed(nth));
+            bench.disk.heal();
+            let node = bench.open(&boot(2)).await;
+            for number in 1..4 {
+                node.put_shard(shard(number)).await.expect("a repeated put");
+            }
+            node.kill().await;
+            bench.disk.power_off(Keep::Nothing);
+            let node = bench.open(&boot(3)).await;
+            for number in 1..4 {
+                let id = ShardId { segment: segment(number), index: Index(0) };
+                node.verify_shard(DEVICE, id)
+                    .await
+                    .unwrap_or_else(|error| panic!("I/O {nth}, shard {number}: {error}"));
+            }
+            if done {
+                assert!(nth > 6, "the loop failed many I/Os");
+                return;
+            }
+        }
+    });
+}
+
 #[test]
 fn a_restart_closes_members_and_old_incarnations_are_refused() {
     run(|env| async move {

@@ -165,16 +165,15 @@ impl<'a> Sources<'a> {
         let needed = self.reading.shared.scheme().k();
         let own_away = usize::from(matches!(own, Own::Away | Own::Missing | Own::Pending));
         let own_missing = usize::from(matches!(own, Own::Missing));
-        let away = self.lost.away + own_away;
         let missing = self.lost.missing + own_missing;
-        if missing > 0 && missing == away && self.lost.unreadable.is_empty() && self.found.len() < needed {
-            // Everybody has answered, and too few have it: nobody who comes back can change that. (A row that was never
-            // written everywhere, and so never acknowledged, looks like this.)
-            return StoreError::NotFound;
-        }
-        if away > 0 {
-            // Those who are away may bring what is right.
+        if self.lost.away + own_away > missing {
+            // Those who did not answer may bring what is right.
             return StoreError::TooFew { found: self.found.len().min(needed - 1), needed };
+        }
+        // Everybody has answered: nobody who comes back can change what follows. A row that was never written
+        // everywhere, and so never acknowledged, looks like either of the two.
+        if missing > 0 && self.found.len() + self.lost.unreadable.len() < needed {
+            return StoreError::NotFound;
         }
         self.reading.shared.stats.corrupt_reads.inc();
         let found: Vec<usize> = self.found.iter().map(|(index, _)| *index).collect();

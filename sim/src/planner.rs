@@ -101,7 +101,8 @@ impl Planner {
         self.note("fault: a second gateway takes over");
         let old = self.world.gateways();
         self.new_gateway();
-        let pause = Duration::from_micros(self.dice.skewed(2_000_000));
+        let micros = if self.dice.chance(500) { self.dice.skewed(2_000_000) } else { self.dice.below(2_000_000) };
+        let pause = Duration::from_micros(micros);
         self.world.env.sleep(pause).await;
         for gateway in old {
             self.world.stop_gateway(&gateway);
@@ -251,23 +252,32 @@ impl Planner {
         for host in &self.world.hosts {
             self.world.start_node(host).await;
         }
-        let world = Arc::clone(&self.world);
-        if world.env.timeout(HEAL_MAX, self.whole()).await.is_none() {
-            let status = world.newest_gateway().and_then(|gateway| gateway.volume()).map(|volume| volume.status());
-            return world.executor.fail(format!("not whole after {HEAL_MAX:?} without faults: {status:?}"));
+        if !self.becomes_whole("after the faults").await {
+            return;
         }
         self.world.quiet.store(true, Ordering::Relaxed);
         self.check_all().await;
         // Once more from the disks.
         let power = self.dice.chance(700);
         self.restart_everything(power).await;
-        for host in &world.hosts {
-            world.start_node(host).await;
+        for host in &self.world.hosts {
+            self.world.start_node(host).await;
         }
-        if world.env.timeout(HEAL_MAX, self.whole()).await.is_none() {
-            return world.executor.fail("not whole after the last restart");
+        if !self.becomes_whole("after the last restart").await {
+            return;
         }
         self.check_all().await;
+    }
+
+    /// Whether the volume is whole in time; the run fails if it is not.
+    async fn becomes_whole(&mut self, when: &str) -> bool {
+        let world = Arc::clone(&self.world);
+        if world.env.timeout(HEAL_MAX, self.whole()).await.is_some() {
+            return true;
+        }
+        let status = world.newest_gateway().and_then(|gateway| gateway.volume()).map(|volume| volume.status());
+        world.executor.fail(format!("{when} not whole within {HEAL_MAX:?}: {status:?}"));
+        false
     }
 
     async fn check_all(&mut self) {

@@ -15,13 +15,17 @@ use xsan_types::BLOCK_BYTES;
 const HOT_BYTES: u64 = 128 << 10;
 
 /// Starts the guests of a volume that was taken over.
+///
+/// Now and then all of them only read: such a gateway learns of its successor by nothing but the confirmation of reads (P8).
 pub fn start(world: &Arc<World>, gateway: &Arc<Gateway>, volume: &Arc<Volume>) {
+    let reads_only = Dice::new(gateway.env.random()).chance(350);
     for _ in 0..world.shape.guests {
         let guest = Guest {
             world: Arc::clone(world),
             gateway: Arc::clone(gateway),
             volume: Arc::clone(volume),
             dice: Dice::new(gateway.env.random()),
+            reads_only,
         };
         drop(gateway.env.spawn("guest", guest.run()));
     }
@@ -32,6 +36,7 @@ struct Guest {
     gateway: Arc<Gateway>,
     volume: Arc<Volume>,
     dice: Dice,
+    reads_only: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -47,6 +52,7 @@ impl Guest {
             let pause = Duration::from_micros(self.dice.skewed(30_000));
             self.gateway.env.sleep(pause).await;
             let done = match self.dice.below(100) {
+                _ if self.reads_only => self.read().await,
                 0..=64 => self.change().await,
                 65..=74 => self.flush().await,
                 75..=98 => self.read().await,

@@ -7,12 +7,15 @@ const SMALL: Options = Options { faults: 4, canary: Canary::Off, print: false };
 
 #[test]
 fn the_same_seed_twice_gives_the_same_trace() {
+    let (mut writes, mut takeovers) = (0, 0);
     for seed in [1, 2, 0xfeed] {
         let first = simulate(seed, SMALL).expect("a run that holds");
         let second = simulate(seed, SMALL).expect("a run that holds");
         assert_eq!(first, second, "seed {seed:#x} is two runs");
-        assert!(first.writes > 10 && first.takeovers > 1, "too little happened: {first:?}");
+        writes += first.writes;
+        takeovers += first.takeovers;
     }
+    assert!(writes > 100 && takeovers > 5, "too little happened: {writes} writes, {takeovers} take-overs");
     let other = simulate(3, SMALL).expect("a run that holds");
     assert_ne!(other.trace, simulate(1, SMALL).expect("a run that holds").trace, "the trace says nothing");
 }
@@ -26,9 +29,14 @@ fn fresh_seeds_hold() {
     }
 }
 
-/// How many seeds it takes to see a broken rule.
+/// How many seeds it takes to see a broken rule, by what the guests are given and not by something that hangs.
 fn found_within(canary: Canary, seeds: u64) -> Option<u64> {
-    (1..=seeds).find(|&seed| simulate(seed, Options { faults: 8, canary, print: false }).is_err())
+    let found = |&seed: &u64| match simulate(seed, Options { faults: 8, canary, print: false }) {
+        Ok(_) => false,
+        // As the model says it: other failures (a take-over that hangs) do not count.
+        Err(failure) => failure.what.contains("sector at "),
+    };
+    (1..=seeds).find(found)
 }
 
 #[test]

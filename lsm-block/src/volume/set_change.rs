@@ -22,6 +22,10 @@ use xsan_types::{
 /// How long to wait for nodes to come back before the next try, if no change is reported.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// Before the second attempt to grow a set.
+pub(super) const GROW_PAUSE: Duration = Duration::from_secs(1);
+const GROW_PAUSE_MAX: Duration = Duration::from_secs(60);
+
 /// Records of a segment by offset.
 type Records = Vec<(u64, Buf)>;
 
@@ -55,7 +59,7 @@ impl Writer {
                 // Only growth was wanted: the serving set is fine.
                 Err(_) if self.failed_members.is_empty() => {
                     self.grow = false;
-                    return;
+                    return self.grow_later();
                 }
                 Err(SetFailure::Device(device, error)) => {
                     tracing::warn!(volume = %self.shared.id, %device, %error, "new journal member failed");
@@ -93,14 +97,28 @@ impl Writer {
 
     /// Grows a set that was made while domains were down.
     pub(super) fn grow_set(&mut self) {
-        if self.set.members.len() >= self.shared.store.set_size() || !self.failed_members.is_empty() {
+        self.grow = self.failed_members.is_empty() && self.can_grow();
+    }
+
+    fn can_grow(&self) -> bool {
+        let members = self.set.members.len();
+        members < self.shared.store.set_size()
+            && self.shared.store.plan_set(self.shared.id, &[]).is_ok_and(|planned| planned.len() > members)
+    }
+
+    /// Tries again after a while, longer each time: a try holds up acknowledgements. Without enough nodes in the map there is
+    /// nothing to try; their return is a change that is reported.
+    fn grow_later(&mut self) {
+        if self.grow_timer || !self.can_grow() {
             return;
         }
-        if let Ok(planned) = self.shared.store.plan_set(self.shared.id, &[])
-            && planned.len() > self.set.members.len()
-        {
-            self.grow = true;
-        }
+        self.grow_timer = true;
+        let sleep = self.shared.env.sleep(self.grow_pause);
+        self.grow_pause = (self.grow_pause * 2).min(GROW_PAUSE_MAX);
+        self.events.push(Box::pin(async move {
+            sleep.await;
+            Event::GrowAgain
+        }));
     }
 
     /// Makes the members of the next set and copies everything to them, flushed.
@@ -197,6 +215,11 @@ impl Writer {
         self.grow = false;
         let set = Arc::new(set);
         self.set = Arc::clone(&set);
+        if set.members.len() >= self.shared.store.set_size() {
+            self.grow_pause = GROW_PAUSE;
+        } else {
+            self.grow_later();
+        }
         self.shared.take_suspects();
         let mut complete = Vec::new();
         for (&number, segment) in &mut self.segments {

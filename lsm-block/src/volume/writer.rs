@@ -6,6 +6,7 @@ use super::batch::{Base, Queued};
 use super::checkpoint::{CHECKPOINT_PAUSE, CheckpointStage};
 use super::journal::{Batch, RowSegment, Segment, Stage};
 use super::recover::Recovered;
+use super::set_change::GROW_PAUSE;
 use super::shared::{Done, Health, OpenSegment, RecordMemory, Request, ServingSet, Shared, count};
 use crate::error::VolumeError;
 use crate::store::{Holes, RowWriter, StoreError};
@@ -57,6 +58,8 @@ pub(super) enum Event {
     HolesAgain,
     /// The tail of a shrunk volume is discarded (or nothing was to discard): the size can be registered.
     SizeReady { size: u64, done: Done },
+    /// Time to see whether the set can have more members.
+    GrowAgain,
     /// Time to see whether what waits still moves.
     StallCheck,
     /// Done, nothing to do.
@@ -143,6 +146,9 @@ pub(super) struct Writer {
     pub failed_members: Vec<usize>,
     /// A larger set is possible than the one that serves.
     pub grow: bool,
+    pub grow_timer: bool,
+    /// Before the next attempt to grow.
+    pub grow_pause: Duration,
     /// The last thing that failed for want of room: new writes are refused until an append succeeds.
     pub full: bool,
     pub filling_holes: bool,
@@ -192,6 +198,8 @@ impl Writer {
             closing: None,
             failed_members: Vec::new(),
             grow: false,
+            grow_timer: false,
+            grow_pause: GROW_PAUSE,
             full: false,
             filling_holes: false,
             holes_after: 0,
@@ -205,6 +213,8 @@ impl Writer {
         self.watch_nodes();
         self.look_after_holes();
         self.bury();
+        // Nodes that came back while the volume was taken over are no change any more.
+        self.events.push(Box::pin(std::future::ready(Event::GrowAgain)));
         loop {
             match self.step().await {
                 Step::Stop => break,
@@ -280,6 +290,10 @@ impl Writer {
             Event::HolesAgain => {
                 self.filling_holes = false;
                 self.look_after_holes();
+            }
+            Event::GrowAgain => {
+                self.grow_timer = false;
+                self.grow_set();
             }
             Event::SizeReady { size, done } => self.sizes.push_back((size, done)),
             Event::StallCheck => self.check_stall(),

@@ -224,3 +224,22 @@ async fn a_row_that_too_few_positions_have_is_not_there_once_all_have_answered()
     let error = cluster.read_blocks(segment(1), &body, 0, 4096).await.unwrap_err();
     assert_eq!(error, StoreError::NotFound);
 }
+
+/// Found by a simulated cluster: the row reached some positions, one never heard of it, and the volume waited for nodes
+/// that were all there.
+#[tokio::test]
+async fn a_torn_row_is_wrong_not_late_once_all_have_answered() {
+    let mut cluster = Cluster::new(Scheme::rs(4, 2).unwrap(), 0);
+    let body = Dice(78).bytes(1 << 20);
+    cluster.seal(segment(1), &body).await.unwrap();
+    for index in 0..3 {
+        cluster.damage(segment(1), index, 0);
+    }
+    let number = cluster.node_of(segment(1), 5);
+    cluster.nodes[number].state().shards.clear();
+    let error = cluster.read_blocks(segment(1), &body, 0, 4096).await.unwrap_err();
+    assert!(matches!(error, StoreError::Corrupt { .. }), "{error:?}");
+    cluster.take_down(&[number]);
+    let error = cluster.read_blocks(segment(1), &body, 0, 4096).await.unwrap_err();
+    assert!(matches!(error, StoreError::TooFew { .. }), "{error:?}");
+}
