@@ -584,12 +584,11 @@ fn build_space(
     }
     let area = superblock.area_offset();
     let mut space = Allocator::new(Extent { offset: area, bytes: (superblock.bytes - area) / UNIT * UNIT });
-    let claim = |space: &mut Allocator, extent: Extent| {
-        let device = superblock.device;
-        if space.claim(extent) { Ok(()) } else { Err(NodeOpenError::Overlap { device, offset: extent.offset }) }
-    };
+    let device = superblock.device;
     for extent in used {
-        claim(&mut space, extent)?;
+        if !space.claim(extent) {
+            return Err(NodeOpenError::LogDamaged { device, offset: extent.offset });
+        }
     }
     let (mut after, mut shards, mut allocation) = (None, 0, 0);
     loop {
@@ -600,7 +599,9 @@ fn build_space(
             shards += 1;
             allocation = allocation.max(entry.allocation);
             for extent in &entry.extents {
-                claim(&mut space, *extent)?;
+                if !space.claim(*extent) {
+                    return Err(NodeOpenError::Overlap { device, offset: extent.offset });
+                }
             }
         }
     }

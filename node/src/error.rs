@@ -40,7 +40,7 @@ pub enum NodeOpenError {
         /// Where.
         offset: u64,
     },
-    /// Two tenants claim one place: log and index disagree.
+    /// Two tenants claim one place: the shard index is damaged.
     #[error("device {device}: two tenants claim byte {offset}; nothing was changed: see `xsan debug device`")]
     Overlap {
         /// Which.
@@ -73,6 +73,12 @@ pub enum NodeOpenError {
 }
 
 impl NodeOpenError {
+    /// Whether a shard index made anew from the device would help.
+    #[must_use]
+    pub fn blames_index(&self) -> bool {
+        matches!(self, Self::Index(IndexError::Engine(_) | IndexError::Damaged) | Self::Overlap { .. })
+    }
+
     /// What the caller can do.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {

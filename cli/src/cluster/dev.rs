@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use xsan_env::os_disk::{Backend, DiskOptions, IoDriver};
 use xsan_env::{BufPool, Disk, Env, Registry};
-use xsan_node::{DeviceHandle, DeviceIdentity, FjallIndex, Node, NodeConfig};
+use xsan_node::{DeviceHandle, DeviceIdentity, FjallIndex, Node, NodeConfig, NodeOpenError};
 use xsan_pool::{DeviceView, Pool, PoolConfig, PoolView};
 use xsan_types::{ClusterId, DeviceId, NodeId, PoolId, RegisterView, Scheme};
 use xsan_wire::node::{DeviceStatus, NodeApi};
@@ -411,29 +411,35 @@ impl DevCluster {
         self.driver.open_disk(DiskOptions { path, create_bytes }).await.map_err(ClusterError::io(what))
     }
 
+    /// The shard index is a view of the device: a damaged one is set aside and filled again.
     async fn open_node(&self, name: &str, dir: &Path, id: NodeId) -> Result<(Arc<Node>, DeviceStatus), ClusterError> {
         let failed = |reason: String| ClusterError::Node { node: name.to_owned(), reason };
         let disk = self.open_disk(dir, None).await?;
-        let index = self.open_index(name, &dir.join("index")).await.map_err(failed)?;
-        let config = NodeConfig::new(self.view().cluster, id, self.buffers.clone());
-        let devices = vec![DeviceHandle { disk, index: Box::new(index) }];
-        let node = Node::open(&self.env, config, devices).await.map_err(|error| failed(error.to_string()))?;
+        let index = dir.join("index");
+        let opened = match self.open_device(Arc::clone(&disk), &index, id).await {
+            Err(error) if error.blames_index() => {
+                let aside = index.with_extension(format!("damaged-{}", self.env.wall_millis()));
+                tracing::warn!(
+                    node = name, %error, aside = %aside.display(),
+                    "the shard index is damaged: it is set aside and made anew from the device"
+                );
+                let (from, to) = (index.clone(), aside);
+                let moved = self.env.blocking(move || std::fs::rename(from, to)).await;
+                moved.map_err(|error| failed(error.to_string()))?;
+                self.open_device(disk, &index, id).await
+            }
+            opened => opened,
+        };
+        let node = opened.map_err(|error| failed(error.to_string()))?;
         let status = node.devices().await.map_err(|error| failed(error.to_string()))?;
         let status = status.into_iter().next().ok_or_else(|| failed("it has no device".into()))?;
         Ok((node, status))
     }
 
-    /// The shard index is a view of the device: a damaged one is set aside and filled again.
-    async fn open_index(&self, node: &str, dir: &Path) -> Result<FjallIndex, String> {
-        let error = match FjallIndex::open(&self.env, dir.to_owned()).await {
-            Ok(index) => return Ok(index),
-            Err(error) => error,
-        };
-        let aside = dir.with_extension(format!("damaged-{}", self.env.wall_millis()));
-        tracing::warn!(node, %error, aside = %aside.display(), "the shard index is damaged: it is set aside and rebuilt");
-        let (from, to) = (dir.to_owned(), aside);
-        self.env.blocking(move || std::fs::rename(from, to)).await.map_err(|error| error.to_string())?;
-        FjallIndex::open(&self.env, dir.to_owned()).await.map_err(|error| error.to_string())
+    async fn open_device(&self, disk: Arc<dyn Disk>, index: &Path, id: NodeId) -> Result<Arc<Node>, NodeOpenError> {
+        let index = Box::new(FjallIndex::open(&self.env, index.to_owned()).await?);
+        let config = NodeConfig::new(self.view().cluster, id, self.buffers.clone());
+        Node::open(&self.env, config, vec![DeviceHandle { disk, index }]).await
     }
 
     async fn open_pools(&self) -> Result<(), ClusterError> {

@@ -1,5 +1,6 @@
 //! The command line.
 
+mod debug;
 mod dev;
 mod output;
 mod volume;
@@ -8,6 +9,7 @@ use crate::admin::api::{ClusterStatus, CreatePool, Done, StopNode};
 use crate::admin::client::{Client, ClientError};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use hyper::Method;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use xsan_env::os;
@@ -63,6 +65,9 @@ enum Command {
     /// Look at, stop and start nodes.
     #[command(subcommand)]
     Node(NodeCommand),
+    /// Read devices and metadata files, changing nothing: for finding out what went wrong.
+    #[command(subcommand)]
+    Debug(debug::DebugCommand),
     /// Print a shell completion script.
     Completions {
         /// For which shell.
@@ -210,8 +215,9 @@ fn init_logs(filter: Option<&str>, server: bool) {
         Some(filter) => EnvFilter::new(filter),
         None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default)),
     };
-    let _ =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).try_init();
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let is_colourful = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
+    let _ = logs.with_ansi(is_colourful).try_init();
 }
 
 async fn dispatch(cli: Cli) -> Result<(), Failure> {
@@ -231,6 +237,7 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
             clap_complete::generate(shell, &mut Cli::command(), "xsan", &mut std::io::stdout());
             Ok(())
         }
+        Command::Debug(command) => debug::run(command, cli.output).await,
         Command::Status => status(&client()?, cli.output).await,
         Command::Pool(command) => pool(&client()?, command, cli.output).await,
         Command::Volume(command) => volume::run(&client()?, command, cli.output).await,

@@ -23,8 +23,22 @@ pub struct FjallIndex {
 }
 
 fn engine(error: fjall::Error) -> IndexError {
-    IndexError::Engine(Box::new(error))
+    use std::io::ErrorKind::{OutOfMemory, PermissionDenied, ReadOnlyFilesystem, ResourceBusy, StorageFull, TimedOut};
+    let io = match &error {
+        fjall::Error::Locked => return IndexError::Unavailable(Box::new(error)),
+        fjall::Error::Io(io) | fjall::Error::Storage(fjall::LsmError::Io(io)) => io,
+        _ => return IndexError::Engine(Box::new(error)),
+    };
+    // No room, no rights, no descriptors: nothing that making the index anew would mend.
+    let is_system = matches!(
+        io.kind(),
+        OutOfMemory | PermissionDenied | ReadOnlyFilesystem | ResourceBusy | StorageFull | TimedOut
+    ) || matches!(io.raw_os_error(), Some(ENFILE | EMFILE));
+    if is_system { IndexError::Unavailable(Box::new(error)) } else { IndexError::Engine(Box::new(error)) }
 }
+
+const ENFILE: i32 = 23;
+const EMFILE: i32 = 24;
 
 impl FjallIndex {
     /// Opens or makes the index in `directory`.

@@ -13,6 +13,9 @@ use xsan_types::{SegmentName, ShardId, VolumeId};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IndexError {
+    /// The system refused; the index itself may be fine.
+    #[error("the shard index cannot be opened now: {0}")]
+    Unavailable(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The engine refused.
     #[error("the shard index failed: {0}")]
     Engine(#[source] Box<dyn std::error::Error + Send + Sync>),

@@ -1,9 +1,13 @@
 //! Flipped bits on at most as many nodes as the pool survives: right bytes or a clear refusal, never wrong bytes, never a panic.
 
+use serde_json::json;
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::{Arc, Mutex};
+use xsan_tests::cluster::{outcome, program};
 use xsan_tests::damage::Damage;
 use xsan_tests::load::{Shared, read_all_back, write_some};
-use xsan_tests::{Cluster, Ledger, Random, rounds};
+use xsan_tests::{Cluster, Ledger, Outcome, Random, rounds};
 
 const VOLUME_BYTES: u64 = 64 << 20;
 const DEVICE_BYTES: u64 = 2 << 30;
@@ -66,6 +70,59 @@ async fn assert_served_or_refused(mut written: Written, damage: Vec<Damage>, nod
             false
         }
     }
+}
+
+/// `xsan debug` on files of a cluster that does not run.
+fn debug(arguments: &[&str], paths: &[PathBuf]) -> Outcome {
+    let mut command = Command::new(program());
+    outcome(command.args(["--output", "json", "debug"]).args(arguments).args(paths))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn debug_commands_show_what_is_left_and_change_nothing() {
+    let mut random = Random::of_test();
+    let written = written(&mut random, false).await;
+    let devices: Vec<PathBuf> = (1..=6).map(|node| written.cluster.device(node)).collect();
+    let [first, index] = [devices[0].clone(), devices[0].with_file_name("index")];
+    let meta = written.cluster.dir().join("meta");
+    let before = std::fs::read_dir(&index).expect("an index").count();
+
+    let device = debug(&["device"], std::slice::from_ref(&first)).json();
+    assert!(device["frames"].as_array().is_some_and(|frames| !frames.is_empty()), "{device}");
+    let shards = debug(&["shard", "--verify"], std::slice::from_ref(&first)).json();
+    let by_header: Vec<_> = shards.as_array().expect("a list").iter().map(|shard| &shard["shard"]).collect();
+    assert!(!by_header.is_empty() && shards[0]["whole"] == true, "{shards}");
+    let indexed = debug(&["index"], std::slice::from_ref(&index)).json();
+    let indexed = indexed["shards"].as_array().expect("a list");
+    assert!(!indexed.is_empty() && indexed.iter().all(|shard| by_header.contains(&&shard["shard"])), "{indexed:?}");
+    let segments = debug(&["segment"], &devices).json();
+    let of = |name: &str| segments.as_array().expect("a list").iter().filter(|s| s[name] != json!([])).count();
+    assert!(of("shards") > 0 && of("replicas") > 0, "sealed and open ones: {segments}");
+    let log = debug(&["meta"], std::slice::from_ref(&meta));
+    assert!(log.stdout.contains("CreateVolume") && log.stdout.contains("vm1"), "{log:?}");
+    assert_eq!(std::fs::read_dir(&index).expect("an index").count(), before);
+
+    // Damage everywhere: what can be read is shown, and nothing ends with a panic.
+    for round in 0..6 {
+        let all = [0..1 << 20, 1 << 20..written.area, written.area..written.area + (64 << 20)];
+        let damage: Vec<Damage> =
+            all.iter().map(|range| Damage::flip(&first, range.clone(), 40, &mut random)).collect();
+        for command in ["device", "shard", "segment"] {
+            let shown = debug(&[command], std::slice::from_ref(&first));
+            assert!([0, 2].contains(&shown.code), "round {round}, {command}: {shown:?}");
+            assert!(shown.code == 0 || shown.stderr.contains("superblock"), "round {round}, {command}: {shown:?}");
+        }
+        damage.into_iter().rev().for_each(Damage::undo);
+    }
+    let file = meta.join("meta.log");
+    let mut bytes = std::fs::read(&file).expect("a log");
+    for _ in 0..3 {
+        let at = random.below(bytes.len() as u64) as usize;
+        bytes[at] ^= 1 << random.below(8);
+    }
+    std::fs::write(&file, bytes).expect("the log is damaged");
+    let shown = debug(&["meta"], &[meta]);
+    assert_eq!(shown.code, 0, "{shown:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
