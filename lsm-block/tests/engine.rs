@@ -424,6 +424,43 @@ fn a_volume_that_has_stopped_answers_every_request_with_an_error() {
     });
 }
 
+/// A row may be under way for as long as it likes: its writer must not count it once a taker may have looked for it in vain.
+#[test]
+fn an_old_owner_acknowledges_nothing_that_its_successor_did_not_find() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let env = OsRuntime::current();
+        let mut overtaken = 0;
+        for (held_up, taken_over) in (0..4).flat_map(|of_old| (0..24).map(move |of_new| (of_old, of_new))) {
+            let rig = Rig::new(&env, 1, Scheme::rs(4, 2).unwrap(), false, AckPolicy::Replicated);
+            let old = rig.open().await;
+            old.write(0, Buf::copied(&vec![1; 256 << 10]), false).await.expect("a large write");
+            old.write(0, Buf::copied(&vec![1; 256 << 10]), false).await.expect("a large write");
+            rig.store.plan(held_up, Fault::Stall);
+            let mut write = Box::pin(old.write(0, Buf::copied(&vec![2; 256 << 10]), false));
+            if env.timeout(Duration::from_millis(2), &mut write).await.is_some() {
+                continue;
+            }
+            // The take-over stops at every one of its calls in turn; there the row arrives.
+            rig.store.plan(taken_over, Fault::Stall);
+            let mut opening = Box::pin(rig.open());
+            let opened = env.timeout(Duration::from_millis(30), &mut opening).await;
+            rig.store.clear_plans();
+            rig.store.release();
+            let answer = env.timeout(Duration::from_millis(50), &mut write).await;
+            let new = match opened {
+                Some(new) => new,
+                None => env.timeout(Duration::from_secs(10), opening).await.expect("the volume opens"),
+            };
+            let pieces = new.read(0, 4096).await.expect("a read");
+            let has_new = matches!(&pieces[0], Piece::Data(data) if data[0] == 2);
+            assert!(has_new || !matches!(answer, Some(Ok(()))), "{held_up}, {taken_over}: acknowledged and lost");
+            overtaken += u32::from(!has_new);
+        }
+        assert!(overtaken > 10, "only {overtaken} writes were overtaken");
+    });
+}
+
 /// Found by a simulated cluster: after one failed attempt a set with fewer members was never made larger again.
 #[test]
 fn a_set_with_fewer_members_grows_though_an_attempt_fails() {

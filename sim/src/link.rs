@@ -1,7 +1,7 @@
 //! Calls between processes: to a node, and to the metadata.
 //!
 //! A call becomes a task of the *callee's* process: it goes on when the caller dies, and ends when the callee does. Fault model: the
-//! request is delayed, lost, or arrives after the caller gave up; the answer is delayed or lost. Requests that are not late
+//! request is delayed, held up together with those behind it, lost, or arrives after the caller gave up; the answer is delayed or lost. Requests that are not late
 //! arrive in order, as over one connection (`SegmentStore` promises its caller that calls start in order); answers overtake each
 //! other. A caller without an answer is told `Unavailable` after a while, as by a connection that times out.
 
@@ -42,6 +42,8 @@ pub struct Weather {
     pub lost_answer: AtomicU64,
     /// The caller gives up before the request arrives.
     pub late_request: AtomicU64,
+    /// The request is held up on its way, and those behind it; nobody gives up.
+    pub slow_request: AtomicU64,
     /// Longest usual delay one way, microseconds.
     pub delay_us: AtomicU64,
 }
@@ -49,7 +51,7 @@ pub struct Weather {
 impl Weather {
     /// No faults from now on.
     pub fn calm(&self) {
-        for chance in [&self.lost_request, &self.lost_answer, &self.late_request] {
+        for chance in [&self.lost_request, &self.lost_answer, &self.late_request, &self.slow_request] {
             chance.store(0, Ordering::Relaxed);
         }
     }
@@ -61,6 +63,7 @@ enum Fate {
     LostRequest,
     LostAnswer,
     Late,
+    Slow,
 }
 
 /// The way from gateways to one process; clones are the same way.
@@ -101,6 +104,8 @@ impl Way {
             Fate::LostAnswer
         } else if dice.chance(of(&self.weather.late_request)) {
             Fate::Late
+        } else if dice.chance(of(&self.weather.slow_request)) {
+            Fate::Slow
         } else {
             Fate::Fine
         };
@@ -129,6 +134,7 @@ impl Way {
         let lose_answer = matches!(fate, Fate::LostAnswer);
         let there = match fate {
             Fate::Late => patience + there,
+            Fate::Slow => there + patience * 3,
             _ => there,
         };
         match fate {
@@ -136,8 +142,9 @@ impl Way {
             Fate::LostRequest => way.executor.note(|| format!("{}: {what} is lost", way.name)),
             Fate::LostAnswer => way.executor.note(|| format!("{}: the answer to {what} is lost", way.name)),
             Fate::Late => way.executor.note(|| format!("{}: {what} is given up and arrives later", way.name)),
+            Fate::Slow => way.executor.note(|| format!("{}: {what} is held up", way.name)),
         }
-        let give_up = !matches!(fate, Fate::Fine);
+        let give_up = !matches!(fate, Fate::Fine | Fate::Slow);
         if !matches!(fate, Fate::LostRequest) {
             let env = callee.clone();
             let (arrived, next) = oneshot::channel::<()>();

@@ -204,6 +204,7 @@ impl Planner {
         weather.lost_request.store(draw(8), Ordering::Relaxed);
         weather.lost_answer.store(draw(8), Ordering::Relaxed);
         weather.late_request.store(draw(8), Ordering::Relaxed);
+        weather.slow_request.store(draw(8), Ordering::Relaxed);
         let delay = [20, 200, 2_000, 20_000][self.dice.below(4) as usize];
         weather.delay_us.store(delay, Ordering::Relaxed);
         self.world.executor.note(|| format!("weather: {weather:?}"));

@@ -441,7 +441,7 @@ impl Writer {
         let id = self.next_batch;
         self.events.push(Box::pin(async move { Event::RowsWritten { batch: id, result: append.await } }));
         let reference = RowsRef { number: name.number, pg: name.pg, first_block };
-        let part = RowsPart { number: name.number, first_block, pieces, written: false };
+        let part = RowsPart { number: name.number, first_block, pieces, written: None };
         self.append_record(&entries, &crcs, Some(reference), &[], changes, requests, Some(part));
     }
 

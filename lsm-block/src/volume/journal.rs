@@ -5,7 +5,7 @@ use crate::index::Change;
 use crate::segment::FooterEntry;
 use crate::store::{Holes, RowWriter};
 use std::sync::Arc;
-use xsan_env::Buf;
+use xsan_env::{Buf, Moment};
 use xsan_types::{BLOCK_BYTES, Crc32c, SealedSegment, SegmentName};
 
 /// How far a segment is on its way from open to sealed (P6).
@@ -118,8 +118,8 @@ pub(super) struct RowsPart {
     pub first_block: u32,
     /// The blocks, concatenated; kept until acknowledged so that they can be written elsewhere.
     pub pieces: Vec<Buf>,
-    /// All k+m positions have them.
-    pub written: bool,
+    /// Since when all k+m positions have them.
+    pub written: Option<Moment>,
 }
 
 impl RowsPart {

@@ -108,7 +108,7 @@ impl Writer {
         match result {
             Ok(()) => {
                 if let Some(rows) = &mut self.in_flight[index].rows {
-                    rows.written = true;
+                    rows.written = Some(self.shared.env.now());
                 }
                 // Opened ahead, so that the next large write finds rows ready.
                 if self.rows.is_some() && self.rows_room() == 0 {

@@ -103,6 +103,11 @@ impl ServingSet {
         self.members[member].confirmed.fetch_max(sent.0, Ordering::Relaxed);
     }
 
+    /// Whether every member answered, live, something that was sent at `moment` or later.
+    pub(super) fn confirmed_since(&self, moment: Moment) -> bool {
+        self.members.iter().all(|member| member.confirmed.load(Ordering::Relaxed) >= moment.0)
+    }
+
     /// Whether every member confirmed within `window` before `now`.
     pub(super) fn confirmed_within(&self, now: Moment, window: std::time::Duration) -> bool {
         self.members.iter().all(|member| now.since(Moment(member.confirmed.load(Ordering::Relaxed))) <= window)

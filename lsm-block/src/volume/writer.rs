@@ -58,6 +58,8 @@ pub(super) enum Event {
     HolesAgain,
     /// The tail of a shrunk volume is discarded (or nothing was to discard): the size can be registered.
     SizeReady { size: u64, done: Done },
+    /// Every member was asked whether it is live.
+    Confirmed { set: SetId, sent: Moment, results: Vec<Result<(), StoreError>> },
     /// Time to see whether the set can have more members.
     GrowAgain,
     /// Time to see whether what waits still moves.
@@ -147,6 +149,8 @@ pub(super) struct Writer {
     /// A larger set is possible than the one that serves.
     pub grow: bool,
     pub grow_timer: bool,
+    /// The set whose members are being asked whether they are live.
+    pub confirming: Option<SetId>,
     /// Before the next attempt to grow.
     pub grow_pause: Duration,
     /// The last thing that failed for want of room: new writes are refused until an append succeeds.
@@ -199,6 +203,7 @@ impl Writer {
             failed_members: Vec::new(),
             grow: false,
             grow_timer: false,
+            confirming: None,
             grow_pause: GROW_PAUSE,
             full: false,
             filling_holes: false,
@@ -291,6 +296,7 @@ impl Writer {
                 self.filling_holes = false;
                 self.look_after_holes();
             }
+            Event::Confirmed { set, sent, results } => self.confirmed(set, sent, results),
             Event::GrowAgain => {
                 self.grow_timer = false;
                 self.grow_set();
@@ -415,8 +421,15 @@ impl Writer {
         while let Some(front) = self.in_flight.front() {
             let segment = self.segments.get_mut(&front.number).expect("a batch's segment is unsealed");
             let have = segment.contiguous.iter().copied().min().unwrap_or(0);
-            if have < front.end || front.rows.as_ref().is_some_and(|rows| !rows.written) {
+            if have < front.end {
                 break;
+            }
+            if let Some(rows) = &front.rows {
+                let Some(written) = rows.written else { break };
+                if !self.set.confirmed_since(written) {
+                    self.confirm_set();
+                    break;
+                }
             }
             // (What was written again may lie behind the batches that follow it.)
             segment.acknowledged = segment.acknowledged.max(front.end);
@@ -435,6 +448,35 @@ impl Writer {
                 }
             }
             self.acknowledged_up_to_cut();
+        }
+    }
+
+    /// Asks every member whether it is live. The rows of a batch are written to devices that know nothing of the set: a taker that
+    /// closed the members and found the record may have looked for its rows before they came, and counted it as absent. A member
+    /// that is live after they came was closed later, and the taker looks later still (P9).
+    fn confirm_set(&mut self) {
+        if self.confirming == Some(self.set.id) {
+            return;
+        }
+        self.confirming = Some(self.set.id);
+        let (set, sent) = (self.set.id, self.shared.env.now());
+        let calls: Vec<_> = self.set.members.iter().map(|member| self.shared.store.confirm(member.at)).collect();
+        self.events.push(Box::pin(async move {
+            let results = futures::future::join_all(calls).await;
+            Event::Confirmed { set, sent, results }
+        }));
+    }
+
+    fn confirmed(&mut self, set: SetId, sent: Moment, results: Vec<Result<(), StoreError>>) {
+        if set != self.set.id {
+            return;
+        }
+        self.confirming = None;
+        for (member, result) in results.into_iter().enumerate() {
+            match result {
+                Ok(()) => self.set.confirm(member, sent),
+                Err(error) => self.member_failed(member, &error),
+            }
         }
     }
 
