@@ -3,7 +3,7 @@
 use crate::index::IndexError;
 use crate::segment::FooterError;
 use crate::store::StoreError;
-use xsan_types::{ErrorKind, Generation, RegisterError, SegmentName};
+use xsan_types::{DeviceId, ErrorKind, Generation, RegisterError, SegmentName};
 
 /// Why a request or an open failed.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -41,6 +41,14 @@ pub enum VolumeError {
         /// What.
         error: FooterError,
     },
+    /// A take-over found less than a journal member had told it: the member restarted meanwhile.
+    #[error("device {device} no longer has a replica of segment {segment}")]
+    ReplicaGone {
+        /// Which.
+        device: DeviceId,
+        /// Of what.
+        segment: SegmentName,
+    },
     /// More members of the journal set are lost than the scheme tolerates.
     #[error("{lost} of {members} journal members are lost and none of the others is whole")]
     JournalLost {
@@ -58,7 +66,7 @@ impl VolumeError {
         match self {
             Self::Invalid => ErrorKind::Invalid,
             Self::NoSpace => ErrorKind::NoSpace,
-            Self::TimedOut => ErrorKind::Unavailable,
+            Self::TimedOut | Self::ReplicaGone { .. } => ErrorKind::Unavailable,
             Self::Fenced(_) => ErrorKind::Fenced,
             Self::Closed => ErrorKind::Closed,
             Self::Store(error) => error.kind(),

@@ -328,22 +328,37 @@ impl Device {
         spawned(&self.env, async move {
             let _running = running;
             device.check_writable()?;
-            let known;
             {
+                // In flight, as an append is: a close answers with the line or with the replica, never with one that is about
+                // to go.
                 let mut inner = device.lock();
-                let member = device.live(&mut inner, &at)?;
-                known = member.manifest.iter().any(|line| line.name == segment.name);
+                device.live(&mut inner, &at)?.in_flight += 1;
             }
-            if known {
-                return device.flush().await;
+            let entered = device.enter_line(&at, segment).await;
+            if let Some(member) = device.lock().state.members.get_mut(&(at.volume, at.set)) {
+                member.in_flight -= 1;
             }
-            let record = LogRecord::Sealed { volume: at.volume, set: at.set, segment };
-            let committed = device.commit(vec![record]).await?;
-            device.flush().await?;
-            device.give_back(&committed.freed);
+            device.progress.notify_waiters();
+            entered?;
             let mut inner = device.lock();
             device.live(&mut inner, &at).map(|_| ())
         })
+    }
+
+    async fn enter_line(self: &Arc<Self>, at: &MemberRef, segment: SealedSegment) -> Calls<()> {
+        let known = {
+            let inner = self.lock();
+            let member = inner.state.members.get(&(at.volume, at.set)).ok_or(NodeError::NotFound)?;
+            member.manifest.iter().any(|line| line.name == segment.name)
+        };
+        if known {
+            return self.flush().await;
+        }
+        let record = LogRecord::Sealed { volume: at.volume, set: at.set, segment };
+        let committed = self.commit(vec![record]).await?;
+        self.flush().await?;
+        self.give_back(&committed.freed);
+        Ok(())
     }
 
     pub(crate) fn trim_manifest(self: &Arc<Self>, at: MemberRef, border: u64, undecided: Vec<u64>) -> NodeResult<()> {

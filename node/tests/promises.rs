@@ -315,6 +315,31 @@ fn a_close_waits_for_appends_in_flight() {
     });
 }
 
+/// Found by a simulated cluster: a close answered with a replica whose `sealed` was on its way, and then it was gone.
+#[test]
+fn a_close_answers_with_the_replica_or_with_its_line_and_that_stays_true() {
+    use xsan_env::memory::Fault;
+    run(|env| async move {
+        let bench = Bench::new(&env, 64 << 20).await;
+        let node = bench.open(&env).await;
+        let at = member(&node).await.unwrap();
+        node.append(at, segment(1), 0, bytes(1, 4096)).await.unwrap();
+        // The record of the line.
+        bench.disk.fault_nth(Operation::Write, 1, Fault::Stall);
+        let sealed = node.sealed(at, line(1));
+        for _ in 0..20 {
+            tokio::task::yield_now().await;
+        }
+        let mut close = NodeApi::close(&*node, DEVICE, VOLUME, Generation(2));
+        assert!(futures::poll!(&mut close).is_pending(), "answered while the line is on its way");
+        bench.disk.release_stalled();
+        let closed = close.await.unwrap();
+        let listed: Vec<_> = closed[0].manifest.iter().map(|line| line.name).collect();
+        assert!(listed == [segment(1)] && closed[0].replicas.is_empty(), "{closed:?}");
+        assert_eq!(sealed.await, Err(NodeError::Closed));
+    });
+}
+
 #[test]
 fn a_flush_that_began_earlier_does_not_count() {
     use xsan_env::memory::Fault;

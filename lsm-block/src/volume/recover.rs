@@ -56,12 +56,7 @@ pub(super) async fn take_over(config: &VolumeConfig) -> Result<Recovered, Volume
     let deadline = config.env.now().after(config.tuning.io_timeout);
     let index = Arc::new(Index::new(config.id, Arc::clone(&config.store), Arc::clone(&config.cache)));
     let mut recovery = Recovery { config, largest_number: 0, index, register, deadline };
-    recovery.open_index().await?;
-    let journal = match recovery.register.set.clone() {
-        Some(set) => recovery.close_members(&set).await?,
-        None => Journal::default(),
-    };
-    let found = recovery.apply(&journal).await?;
+    let (journal, found) = recovery.collect().await?;
     let checkpoint = recovery.checkpoint(found).await?;
     let set = recovery.create_set().await?;
     recovery.commit(&set, checkpoint).await?;
@@ -112,9 +107,30 @@ impl Recovery<'_> {
         Ok(())
     }
 
+    /// Steps 2 to 5: what the members have, in the index, and whether there was anything.
+    async fn collect(&mut self) -> Result<(Journal, bool), VolumeError> {
+        loop {
+            self.open_index().await?;
+            let journal = match self.register.set.clone() {
+                Some(set) => self.close_members(&set).await?,
+                None => Journal::default(),
+            };
+            match self.apply(&journal).await {
+                Ok(found) => return Ok((journal, found)),
+                // Its next answer counts.
+                Err(error @ VolumeError::ReplicaGone { .. }) => self.wait(error.to_string()).await?,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     async fn open_index(&mut self) -> Result<(), VolumeError> {
-        let Some(reference) = self.register.checkpoint else { return Ok(()) };
-        self.largest_number = reference.border.max(reference.segment.number);
+        let Some(reference) = self.register.checkpoint else {
+            let (store, cache) = (Arc::clone(&self.config.store), Arc::clone(&self.config.cache));
+            self.index = Arc::new(Index::new(self.config.id, store, cache));
+            return Ok(());
+        };
+        self.largest_number = self.largest_number.max(reference.border.max(reference.segment.number));
         loop {
             let (store, cache) = (Arc::clone(&self.config.store), Arc::clone(&self.config.cache));
             match Index::open(self.config.id, store, cache, reference).await {
@@ -252,6 +268,7 @@ impl Recovery<'_> {
             let record = match scan.next().await {
                 Ok(Some(record)) => record,
                 Ok(None) => return Ok(()),
+                Err(error @ VolumeError::ReplicaGone { .. }) => return Err(error),
                 Err(error) if error.kind() == ErrorKind::Unavailable => {
                     self.wait(error.to_string()).await?;
                     continue;

@@ -108,6 +108,9 @@ impl<'a> Scan<'a> {
             match answer {
                 Ok(bytes) => *window = Window { start: offset, bytes },
                 Err(error) if error.kind() == ErrorKind::Unavailable => return Err(error.into()),
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    return Err(VolumeError::ReplicaGone { device: at.device, segment: self.segment });
+                }
                 Err(error) => {
                     // Damaged there: another member may have it.
                     tracing::warn!(segment = %self.segment, device = %at.device, offset, %error, "a replica cannot be read");
