@@ -41,8 +41,8 @@ pub enum VolumeError {
         /// What.
         error: FooterError,
     },
-    /// A take-over found less than a journal member had told it: the member restarted meanwhile.
-    #[error("device {device} no longer has a replica of segment {segment}")]
+    /// A journal member told a take-over of a replica and does not give it: it went away or restarted meanwhile.
+    #[error("device {device} does not give its replica of segment {segment}")]
     ReplicaGone {
         /// Which.
         device: DeviceId,

@@ -21,7 +21,7 @@ use tokio::sync::{oneshot, watch};
 use xsan_env::{Buf, Env};
 use xsan_types::{
     BLOCK_BYTES, ClosedMember, DeviceId, FlushRequest, Generation, MemberRef, PgId, PoolId, RegisterView,
-    SEGMENT_BYTES_MAX, Scheme, SealedSegment, SegmentName, SetId, ShardIndex, VolumeId, crc32c,
+    SEGMENT_BYTES_MAX, Scheme, SealedSegment, SegmentName, SetId, ShardId, ShardIndex, VolumeId, crc32c,
 };
 
 /// What a [`MemoryStore`] is made of.
@@ -466,6 +466,19 @@ impl SegmentStore for MemoryStore {
                 Ok(())
             }),
         )
+    }
+
+    fn positions(&self, pg: PgId) -> Vec<Option<DeviceId>> {
+        self.state().positions(pg.index).into_iter().map(Some).collect()
+    }
+
+    fn devices(&self) -> Vec<DeviceId> {
+        let state = self.state();
+        state.order.iter().copied().filter(|device| state.device(*device).up).collect()
+    }
+
+    fn list(&self, device: DeviceId, volume: VolumeId, after: Option<ShardId>) -> StoreResult<Vec<ShardId>> {
+        self.call(Some(device), Box::new(move |state| Ok(state.list(device, volume, after))))
     }
 
     fn fill_holes(&self, segment: SegmentName, segment_bytes: u64, holes: Holes) -> StoreResult<Holes> {

@@ -5,7 +5,8 @@ use xsan_env::Buf;
 use xsan_env::runtime::BoxFuture;
 use xsan_types::{
     ChangeToken, ClosedMember, Crc32c, DeviceId, ErrorKind, FlushRequest, Generation, Incarnation, MemberRef, PgId,
-    Register, RegisterChange, RegisterError, RegisterView, SealedSegment, SegmentName, SetId, ShardIndex, VolumeId,
+    Register, RegisterChange, RegisterError, RegisterView, SealedSegment, SegmentName, SetId, ShardId, ShardIndex,
+    VolumeId,
 };
 
 /// Result of a store call.
@@ -183,6 +184,15 @@ pub trait SegmentStore: Send + Sync + 'static {
 
     /// Frees segments; late, repeated or lost is all the same (P7).
     fn delete(&self, segments: Vec<SegmentName>) -> StoreResult<()>;
+
+    /// Devices of a group's positions, in order; `None` where there is none.
+    fn positions(&self, pg: PgId) -> Vec<Option<DeviceId>>;
+
+    /// Devices that can be asked what they hold.
+    fn devices(&self) -> Vec<DeviceId>;
+
+    /// Shards that a device holds of a volume, in order, the first behind `after`; empty at the end.
+    fn list(&self, device: DeviceId, volume: VolumeId, after: Option<ShardId>) -> StoreResult<Vec<ShardId>>;
 
     /// Rebuilds missing positions of a segment that has holes; answers those that are still missing.
     fn fill_holes(&self, segment: SegmentName, segment_bytes: u64, holes: Holes) -> StoreResult<Holes>;

@@ -6,9 +6,12 @@ use std::sync::Arc;
 use xsan_env::Buf;
 use xsan_types::{
     ClosedMember, DeviceId, FlushRequest, Generation, MemberRef, RegisterView, SealedSegment, SegmentName, SetId,
-    VolumeId,
+    ShardId, VolumeId,
 };
 use xsan_wire::node::{CreateMember, NodeApi, NodeError, NodeResult};
+
+/// Shards asked for at once.
+const LIST_MAX: u32 = 1024;
 
 /// What a node's refusal means to a volume's owner. A member that is not where it was is as good as closed (P3).
 fn member_error(device: DeviceId, error: &NodeError) -> StoreError {
@@ -113,6 +116,16 @@ pub(crate) fn sealed(view: &View, member: MemberRef, segment: SealedSegment) -> 
 
 pub(crate) fn trim_manifest(view: &View, member: MemberRef, border: u64, undecided: Vec<u64>) -> StoreResult<()> {
     call(view, member.device, |link| link.node.trim_manifest(member, border, undecided), |()| ())
+}
+
+pub(crate) fn list(
+    view: &View,
+    device: DeviceId,
+    volume: VolumeId,
+    after: Option<ShardId>,
+) -> StoreResult<Vec<ShardId>> {
+    let list = |link: &Link| link.node.list_shards(device, volume, after, LIST_MAX);
+    call(view, device, list, |page| page.into_iter().map(|info| info.shard).collect())
 }
 
 /// Starts a call on every node and waits for all of them. What fails is only noted: none of these calls is owed (P2, P7).

@@ -16,7 +16,7 @@ use xsan_env::{Buf, BufPool, Env};
 use xsan_erasure::{Codec, Stripe};
 use xsan_types::{
     ClosedMember, DeviceId, Epoch, FlushRequest, Generation, MemberRef, PgId, RegisterView, SEGMENT_BYTES_MAX, Scheme,
-    SealedSegment, SegmentName, SetId, VolumeId,
+    SealedSegment, SegmentName, SetId, ShardId, VolumeId,
 };
 
 /// Unit of the memory budget of seals.
@@ -261,6 +261,19 @@ impl SegmentStore for Pool {
 
     fn delete(&self, segments: Vec<SegmentName>) -> StoreResult<()> {
         members::delete(&self.shared.view(), &segments)
+    }
+
+    fn positions(&self, pg: PgId) -> Vec<Option<DeviceId>> {
+        let view = self.shared.view();
+        (0..self.shared.scheme().width()).map(|index| view.position(pg, index).map(|link| link.device)).collect()
+    }
+
+    fn devices(&self) -> Vec<DeviceId> {
+        self.shared.view().links().iter().filter(|link| link.up).map(|link| link.device).collect()
+    }
+
+    fn list(&self, device: DeviceId, volume: VolumeId, after: Option<ShardId>) -> StoreResult<Vec<ShardId>> {
+        members::list(&self.shared.view(), device, volume, after)
     }
 
     fn fill_holes(&self, segment: SegmentName, segment_bytes: u64, holes: Holes) -> StoreResult<Holes> {

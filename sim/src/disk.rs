@@ -42,6 +42,13 @@ impl HostStorage {
         self.disk.open()
     }
 
+    /// Shards that the index shows.
+    #[must_use]
+    pub fn shards(&self) -> Vec<ShardId> {
+        let page = self.index.state().now.page(None, usize::MAX).unwrap_or_default();
+        page.into_iter().map(|(shard, _)| shard).collect()
+    }
+
     /// The process died: what is in flight may be done in part.
     pub fn crash_process(&self) {
         self.disk.crash_process();

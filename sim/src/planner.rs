@@ -4,6 +4,7 @@
 use crate::executor::Dice;
 use crate::workload;
 use crate::world::{Gateway, Host, Tally, World, read_bytes};
+use lsm_block::Volume;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -223,7 +224,8 @@ impl Planner {
         }
     }
 
-    /// Completes when the newest gateway serves with all members, no holes, and everything flushed.
+    /// Completes when the newest gateway serves with all members, no holes, and everything flushed; when guests are quiet, also with
+    /// nothing left behind on any host (P7).
     async fn whole(&mut self) {
         loop {
             self.mourn();
@@ -238,10 +240,23 @@ impl Planner {
                 continue;
             }
             let status = volume.status();
-            if status.segments_with_holes == 0 && status.members.len() == status.members_wanted {
+            let is_whole = status.segments_with_holes == 0 && status.members.len() == status.members_wanted;
+            if is_whole && (!self.world.quiet.load(Ordering::Relaxed) || self.nothing_left_behind(&volume).await) {
                 return;
             }
         }
+    }
+
+    /// Whether all that hosts hold is listed; what a checkpoint has just decided goes in the background.
+    async fn nothing_left_behind(&self, volume: &Volume) -> bool {
+        for _ in 0..20 {
+            let (held, width) = (self.world.held(), self.world.shape.scheme.width());
+            if held.len() == volume.status().segments && held.values().all(|&shards| shards == width) {
+                return true;
+            }
+            self.world.env.sleep(Duration::from_millis(20)).await;
+        }
+        false
     }
 
     /// Nothing goes wrong any more: the volume must become whole and hold what it must.
@@ -277,7 +292,17 @@ impl Planner {
             return true;
         }
         let status = world.newest_gateway().and_then(|gateway| gateway.volume()).map(|volume| volume.status());
-        world.executor.fail(format!("{when} not whole within {HEAL_MAX:?}: {status:?}"));
+        let width = world.shape.scheme.width();
+        let held = world.held();
+        let missing: Vec<String> = held
+            .iter()
+            .filter(|(_, shards)| **shards != width)
+            .map(|(name, shards)| format!("{shards} of {name}"))
+            .collect();
+        let held = held.len();
+        world.executor.fail(format!(
+            "{when} not whole within {HEAL_MAX:?}: {held} segments held, shards missing: {missing:?}, {status:?}"
+        ));
         false
     }
 

@@ -20,7 +20,7 @@ use xsan_node::{DeviceIdentity, Node, NodeConfig};
 use xsan_pool::{DeviceView, Pool, PoolConfig, PoolView};
 use xsan_types::{
     ChangeToken, ClusterId, DeviceId, ErrorKind, Generation, NodeId, PoolId, Register, RegisterChange, RegisterError,
-    RegisterView, Scheme, VolumeId,
+    RegisterView, Scheme, SegmentName, VolumeId,
 };
 use xsan_wire::node::NodeApi;
 
@@ -333,6 +333,17 @@ impl World {
     #[must_use]
     pub fn is_up(&self, host: &Host) -> bool {
         host.link.is_up()
+    }
+
+    /// Segments that hosts hold, and how many shards of each: with nothing missing and nothing left behind, those that are listed,
+    /// each with one for every position.
+    #[must_use]
+    pub fn held(&self) -> BTreeMap<SegmentName, usize> {
+        let mut held = BTreeMap::new();
+        for shard in self.hosts.iter().flat_map(|host| host.storage.shards()) {
+            *held.entry(shard.segment).or_default() += 1;
+        }
+        held
     }
 
     /// The map says from now on that the host is up or not, unless it says so already.

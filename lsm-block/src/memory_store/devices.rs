@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use xsan_env::{Buf, BufMut};
 use xsan_types::{
     ClosedMember, DeviceId, FlushRequest, Generation, Incarnation, MemberRef, MemberState, OpenReplica, RegisterView,
-    Scheme, SealedSegment, SegmentName, SetId, ShardIndex, VolumeId, crc32c,
+    Scheme, SealedSegment, SegmentName, SetId, ShardId, ShardIndex, VolumeId, crc32c,
 };
 
 /// Open replicas are reserved in pieces of this many bytes; what was never written there is a previous tenant's.
@@ -343,6 +343,18 @@ impl State {
         if view.deleted {
             self.segments.retain(|name, _| name.volume != view.volume);
         }
+    }
+
+    /// A few at a time, so that owners have to ask again.
+    pub(super) fn list(&self, device: DeviceId, volume: VolumeId, after: Option<ShardId>) -> Vec<ShardId> {
+        let mut shards: Vec<ShardId> = Vec::new();
+        for (&segment, sealed) in self.segments.iter().filter(|(segment, _)| segment.volume == volume) {
+            let devices = self.positions(segment.pg.index);
+            let here = sealed.shards.iter().filter(|shard| devices[usize::from(shard.0)] == device);
+            shards.extend(here.map(|&index| ShardId { segment, index }));
+        }
+        shards.sort_unstable();
+        shards.into_iter().filter(|shard| after.is_none_or(|after| *shard > after)).take(7).collect()
     }
 
     fn shards_up(&self, segment: SegmentName, sealed: &Sealed) -> usize {

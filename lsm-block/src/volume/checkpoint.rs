@@ -193,6 +193,7 @@ impl Writer {
         names.extend(self.evacuated.extract_if(.., |name| name.number < border));
         self.graves.push(Grave { token: self.shared.renew_read_token(), names });
         self.bury();
+        self.reconcile_rest();
         for done in self.checkpoint_waiters.drain(..) {
             let _ = done.send(Ok(()));
         }

@@ -8,6 +8,7 @@ mod batch;
 mod checkpoint;
 mod journal;
 mod read;
+mod reconcile;
 mod recover;
 mod replay;
 mod rows;

@@ -117,7 +117,7 @@ impl Recovery<'_> {
             };
             match self.apply(&journal).await {
                 Ok(found) => return Ok((journal, found)),
-                // Its next answer counts.
+                // What the members say now counts: without that one, if another is whole.
                 Err(error @ VolumeError::ReplicaGone { .. }) => self.wait(error.to_string()).await?,
                 Err(error) => return Err(error),
             }
@@ -265,17 +265,7 @@ impl Recovery<'_> {
     ) -> Result<(), VolumeError> {
         let mut scan = replay::Scan::new(self.config, name, sources);
         loop {
-            let record = match scan.next().await {
-                Ok(Some(record)) => record,
-                Ok(None) => return Ok(()),
-                Err(error @ VolumeError::ReplicaGone { .. }) => return Err(error),
-                Err(error) if error.kind() == ErrorKind::Unavailable => {
-                    self.wait(error.to_string()).await?;
-                    continue;
-                }
-                Err(error) => return Err(error),
-            };
-            let Replayed { header, data } = record;
+            let Some(Replayed { header, data }) = scan.next().await? else { return Ok(()) };
             let data = match header.rows {
                 None => data,
                 // The row segment is sealed: its footer told it already.

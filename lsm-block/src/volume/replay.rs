@@ -47,7 +47,7 @@ impl<'a> Scan<'a> {
         Self { config, segment, sources, offset: 0 }
     }
 
-    /// The next record; `None` at the end of the log. May be called again after an error that can pass.
+    /// The next record; `None` at the end of the log.
     pub(super) async fn next(&mut self) -> Result<Option<Replayed>, VolumeError> {
         let mut away = None;
         for source in 0..self.sources.len() {
@@ -107,8 +107,7 @@ impl<'a> Scan<'a> {
             }
             match answer {
                 Ok(bytes) => *window = Window { start: offset, bytes },
-                Err(error) if error.kind() == ErrorKind::Unavailable => return Err(error.into()),
-                Err(error) if error.kind() == ErrorKind::NotFound => {
+                Err(error) if matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::NotFound) => {
                     return Err(VolumeError::ReplicaGone { device: at.device, segment: self.segment });
                 }
                 Err(error) => {

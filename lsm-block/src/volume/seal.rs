@@ -120,6 +120,7 @@ impl Writer {
         self.filling_holes = false;
         self.holes_after = self.holes_after.max(number);
         if let Some(holes) = holes {
+            tracing::debug!(volume = %self.shared.id, number, missing = holes.0.len(), "positions of a segment were filled");
             self.shared.index.set_holes(number, holes.0);
         }
         self.fill_next_hole();

@@ -5,6 +5,7 @@ use super::AckPolicy;
 use super::batch::{Base, Queued};
 use super::checkpoint::{CHECKPOINT_PAUSE, CheckpointStage};
 use super::journal::{Batch, RowSegment, Segment, Stage};
+use super::reconcile::Reconcile;
 use super::recover::Recovered;
 use super::set_change::GROW_PAUSE;
 use super::shared::{Done, Health, OpenSegment, RecordMemory, Request, ServingSet, Shared, count};
@@ -21,6 +22,7 @@ use xsan_env::runtime::BoxFuture;
 use xsan_env::{BufMut, Moment};
 use xsan_types::{
     BLOCK_BYTES, CheckpointRef, FlushRequest, Register, RegisterError, SealedSegment, SegmentName, Sequence, SetId,
+    ShardId,
 };
 
 /// How often is looked whether what waits still moves.
@@ -60,6 +62,10 @@ pub(super) enum Event {
     SizeReady { size: u64, done: Done },
     /// Every member was asked whether it is live.
     Confirmed { set: SetId, sent: Moment, results: Vec<Result<(), StoreError>> },
+    /// Time to ask devices what they hold.
+    Reconcile,
+    /// What a device holds.
+    Names(Result<Vec<ShardId>, StoreError>),
     /// Time to see whether the set can have more members.
     GrowAgain,
     /// Time to see whether what waits still moves.
@@ -149,6 +155,7 @@ pub(super) struct Writer {
     /// A larger set is possible than the one that serves.
     pub grow: bool,
     pub grow_timer: bool,
+    pub reconcile: Reconcile,
     /// The set whose members are being asked whether they are live.
     pub confirming: Option<SetId>,
     /// Before the next attempt to grow.
@@ -203,6 +210,7 @@ impl Writer {
             failed_members: Vec::new(),
             grow: false,
             grow_timer: false,
+            reconcile: Reconcile::default(),
             confirming: None,
             grow_pause: GROW_PAUSE,
             full: false,
@@ -218,6 +226,7 @@ impl Writer {
         self.watch_nodes();
         self.look_after_holes();
         self.bury();
+        self.reconcile_later();
         // Nodes that came back while the volume was taken over are no change any more.
         self.events.push(Box::pin(std::future::ready(Event::GrowAgain)));
         loop {
@@ -290,6 +299,7 @@ impl Writer {
                 self.watch_nodes();
                 self.look_after_holes();
                 self.grow_set();
+                self.reconcile_later();
             }
             Event::HolesFilled { number, holes } => self.holes_filled(number, holes),
             Event::HolesAgain => {
@@ -297,6 +307,8 @@ impl Writer {
                 self.look_after_holes();
             }
             Event::Confirmed { set, sent, results } => self.confirmed(set, sent, results),
+            Event::Reconcile => self.begin_reconcile(),
+            Event::Names(page) => self.names_told(page),
             Event::GrowAgain => {
                 self.grow_timer = false;
                 self.grow_set();
