@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use xsan_env::memory::{Keep, MemoryDisk};
 use xsan_env::{Disk, Env};
-use xsan_node::format::ShardEntry;
+use xsan_node::format::{SUPERBLOCK_BYTES, ShardEntry, Superblock};
 use xsan_node::shard_index::IndexResult;
 use xsan_node::{DeviceHandle, MemoryIndex, ShardIndex};
 use xsan_types::{ShardId, VolumeId};
@@ -47,6 +47,23 @@ impl HostStorage {
     pub fn shards(&self) -> Vec<ShardId> {
         let page = self.index.state().now.page(None, usize::MAX).unwrap_or_default();
         page.into_iter().map(|(shard, _)| shard).collect()
+    }
+
+    /// Bits flip and sectors become unreadable where shards and replicas lie. Answers how many.
+    pub fn rot(&self, dice: &mut Dice) -> u64 {
+        let Ok(superblock) = Superblock::decode(&self.disk.peek(0, SUPERBLOCK_BYTES)) else { return 0 };
+        // Places are taken from the lowest on.
+        let (area, used) = (superblock.area_offset(), dice.between(1, 64) << 20);
+        let places = dice.between(1, 2_000);
+        for _ in 0..places {
+            let at = area + dice.below(used);
+            if dice.chance(100) {
+                self.disk.damage(at..at + 1);
+            } else {
+                self.disk.flip_bit(at, dice.below(8) as u8);
+            }
+        }
+        places
     }
 
     /// The process died: what is in flight may be done in part.

@@ -19,13 +19,15 @@ pub struct Planner {
     dice: Dice,
     /// Hosts whose loss would count on top of another's.
     damaged: BTreeSet<u64>,
+    /// Of them the one whose data rotted: only reads mend it, so it stays damaged.
+    rotten: Option<u64>,
 }
 
 impl Planner {
     /// A planner of the faults of `world`.
     #[must_use]
     pub fn new(world: &Arc<World>, dice: Dice) -> Self {
-        Self { world: Arc::clone(world), dice, damaged: BTreeSet::new() }
+        Self { world: Arc::clone(world), dice, damaged: BTreeSet::new(), rotten: None }
     }
 
     /// Faults, one after the other.
@@ -53,6 +55,7 @@ impl Planner {
             70..=77 => self.restart_everything(false).await,
             78..=87 => self.restart_everything(true).await,
             88..=92 => self.restart_meta().await,
+            93..=95 => self.rot(),
             _ => self.change_weather(),
         }
     }
@@ -157,6 +160,17 @@ impl Planner {
         }));
     }
 
+    fn rot(&mut self) {
+        let host = self.dice.below(self.world.hosts.len() as u64) as usize;
+        let number = self.world.hosts[host].number;
+        let has_room = self.damaged.len() < self.world.shape.scheme.tolerates() || self.damaged.contains(&number);
+        if self.rotten.is_none_or(|rotten| rotten == number) && has_room {
+            self.rotten = Some(number);
+            self.damaged.insert(number);
+            self.world.rot(&self.world.hosts[host]);
+        }
+    }
+
     async fn restart_meta(&mut self) {
         self.note("fault: the metadata crashes");
         self.world.stop_meta(self.dice.chance(300));
@@ -220,7 +234,7 @@ impl Planner {
         let world = Arc::clone(&self.world);
         if world.env.timeout(patience, self.whole()).await.is_some() {
             self.note("all is whole again");
-            self.damaged.clear();
+            self.damaged = self.rotten.into_iter().collect();
         }
     }
 

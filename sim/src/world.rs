@@ -329,6 +329,12 @@ impl World {
         }
     }
 
+    /// The data of a host rots.
+    pub fn rot(&self, host: &Host) {
+        let places = host.storage.rot(&mut lock(&self.dice));
+        self.executor.note(|| format!("fault: n{} rots in {places} places", host.number));
+    }
+
     /// Whether a host's node runs and has opened its disk.
     #[must_use]
     pub fn is_up(&self, host: &Host) -> bool {

@@ -125,7 +125,9 @@ impl Cluster {
         );
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let root = base.join(format!("xsan-e2e-{}-{number}", std::process::id()));
-        std::fs::create_dir_all(&root).expect("a directory for the test");
+        // What a test that was killed left behind under the same process id.
+        drop(std::fs::remove_dir_all(&root));
+        std::fs::create_dir(&root).expect("a directory for the test");
         Self { root, options: options.iter().map(ToString::to_string).collect(), child: None, _turn: turn }
     }
 
