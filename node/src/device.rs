@@ -362,11 +362,11 @@ impl Device {
         inner.unindexed.values().any(|record| matches!(record, LogRecord::ShardPut { shard, .. } if which(shard)))
     }
 
-    /// Shards that wait for the index and that `committed` replaces or frees: they never reach it, and their space is free.
-    /// (Records are written in order: what takes the space is lost with `committed` or not at all.)
-    pub(crate) fn withdraw_puts(&self, committed: &Committed, which: impl Fn(&ShardId) -> bool) {
-        let Some(&before) = committed.unindexed.first() else { return };
+    /// Shards that wait for the index and that `committed` replaces or frees: they never reach it. Answers their space, which is free
+    /// once `committed` is stable if it replaces them, and at once if it frees them: then nobody needs their bytes any more.
+    pub(crate) fn withdraw_puts(&self, committed: &Committed, which: impl Fn(&ShardId) -> bool) -> Vec<Extent> {
         let mut freed = Vec::new();
+        let Some(&before) = committed.unindexed.first() else { return freed };
         self.lock().unindexed.retain(|&number, record| match record {
             LogRecord::ShardPut { shard, entry } if number < before && which(shard) => {
                 freed.append(&mut entry.extents);
@@ -374,7 +374,7 @@ impl Device {
             }
             _ => true,
         });
-        self.give_back(&freed);
+        freed
     }
 
     async fn flip(&self, log: &mut Log) -> Result<(), NodeError> {

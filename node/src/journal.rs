@@ -406,13 +406,17 @@ impl Device {
                     // Its last writes still run: freed at the next occasion.
                     *of == view.volume && old_set(set) && member.in_flight == 0
                 });
-                let shards = inner.state.open_shards.iter().filter(|(shard, open)| {
-                    shard.segment.volume == view.volume && old_shard(shard.segment.generation) && open.in_flight == 0
-                });
-                members
-                    .map(|(&(volume, set), _)| LogRecord::MemberFreed { volume, set })
-                    .chain(shards.map(|(&shard, _)| LogRecord::OpenShardFreed { shard }))
-                    .collect()
+                let mut records: Vec<LogRecord> =
+                    members.map(|(&(volume, set), _)| LogRecord::MemberFreed { volume, set }).collect();
+                for (&shard, open) in &mut inner.state.open_shards {
+                    let is_old = shard.segment.volume == view.volume && old_shard(shard.segment.generation);
+                    if is_old && open.in_flight == 0 {
+                        // Nothing is appended to it and nobody finishes it until the record is written.
+                        open.finishing = true;
+                        records.push(LogRecord::OpenShardFreed { shard });
+                    }
+                }
+                records
             };
             if records.is_empty() {
                 return Ok(());

@@ -63,7 +63,7 @@ impl Device {
     /// Log record, flush, index and location of a shard whose bytes are written, in this order: the index survives power
     /// loss by its own rules, and must never show a shard whose record (and bytes) may be lost. What it replaces is free.
     async fn enter_shard(self: &Arc<Self>, shard: ShardId, entry: ShardEntry) -> Calls<()> {
-        let committed = {
+        let (committed, replaced) = {
             let _tenancy = self.tenancy.lock().await;
             let volume = shard.segment.volume;
             let deleted = self.lock().closed_below.get(&volume).is_some_and(|below| below.0 == u64::MAX);
@@ -71,10 +71,11 @@ impl Device {
                 return Err(NodeError::Closed);
             }
             let committed = self.commit(vec![LogRecord::ShardPut { shard, entry: entry.clone() }]).await?;
-            self.withdraw_puts(&committed, |put| *put == shard);
-            committed
+            let replaced = self.withdraw_puts(&committed, |put| *put == shard);
+            (committed, replaced)
         };
         self.flush().await?;
+        self.give_back(&replaced);
         let _tenancy = self.tenancy.lock().await;
         if !self.is_unindexed(&committed) {
             // Freed or replaced meanwhile, and its space given back.
@@ -224,7 +225,7 @@ impl Device {
                 return Ok(());
             }
             let committed = device.commit(vec![LogRecord::SegmentsFreed { segments: segments.clone() }]).await?;
-            device.withdraw_puts(&committed, |put| segments.contains(&put.segment));
+            device.give_back(&device.withdraw_puts(&committed, |put| segments.contains(&put.segment)));
             device.drop_entries(found).await?;
             device.indexed(&committed);
             device.give_back(&committed.freed);
@@ -287,7 +288,7 @@ impl Device {
         }
         let committed = self.commit(vec![LogRecord::VolumeFreed { volume }]).await?;
         self.flush().await?;
-        self.withdraw_puts(&committed, |put| put.segment.volume == volume);
+        self.give_back(&self.withdraw_puts(&committed, |put| put.segment.volume == volume));
         self.give_back(&committed.freed);
         while !page.is_empty() {
             self.drop_entries(page).await?;

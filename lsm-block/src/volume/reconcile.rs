@@ -10,7 +10,6 @@
 use super::writer::{Event, Grave, Writer};
 use crate::store::StoreError;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 use xsan_types::{DeviceId, SegmentName, ShardId, ShardIndex};
 
@@ -29,12 +28,10 @@ pub(super) struct Reconcile {
     after: Option<ShardId>,
     /// Names that no checkpoint has decided were seen.
     undecided: bool,
-    /// Listed segments and their positions that were found, as bits.
+    /// Segments that were listed before the first device was asked, and their positions that were found, as bits.
     held: BTreeMap<u64, u64>,
     /// Devices that have told all their names.
     asked: BTreeSet<DeviceId>,
-    /// Segments from this number on were sealed while the devices were asked.
-    before: u64,
 }
 
 impl Writer {
@@ -63,7 +60,10 @@ impl Writer {
         self.reconcile.devices = self.shared.store.devices().into();
         self.reconcile.after = None;
         self.reconcile.undecided = false;
-        self.reconcile.before = self.next_number.load(Ordering::Relaxed);
+        // What is sealed from here on may be told in part, and says nothing.
+        let listed = self.shared.index.segments();
+        self.reconcile.held = listed.into_iter().map(|record| (record.sealed.name.number, 0)).collect();
+        self.reconcile.asked.clear();
         self.ask_for_names();
     }
 
@@ -82,21 +82,15 @@ impl Writer {
 
     /// One page of one device.
     pub(super) fn names_told(&mut self, page: Result<Vec<ShardId>, StoreError>) {
+        let asked = self.reconcile.devices.front().copied().unwrap_or_default();
         let told_all = page.as_ref().is_ok_and(Vec::is_empty);
         // A device that does not answer is asked when it comes back.
         let page = page.unwrap_or_default();
         self.reconcile.after = page.last().copied();
-        if page.is_empty()
-            && let Some(device) = self.reconcile.devices.pop_front()
-            && told_all
-        {
-            self.reconcile.asked.insert(device);
+        if page.is_empty() && self.reconcile.devices.pop_front().is_some() && told_all {
+            self.reconcile.asked.insert(asked);
         }
-        for shard in &page {
-            if self.lists(&shard.segment) && shard.index.0 < 64 {
-                *self.reconcile.held.entry(shard.segment.number).or_default() |= 1 << shard.index.0;
-            }
-        }
+        self.note_held(asked, &page);
         let mut names: Vec<SegmentName> = page.into_iter().map(|shard| shard.segment).collect();
         names.dedup();
         names.retain(|name| self.is_garbage(name));
@@ -111,7 +105,8 @@ impl Writer {
 
     /// Whether nothing can ever make a name valid again: the registered checkpoint decides it, and nothing lists it.
     fn is_garbage(&mut self, name: &SegmentName) -> bool {
-        if name.volume != self.shared.id || name.generation > self.register.generation {
+        if name.volume != self.shared.id || name.generation > self.register.generation || !self.register.pins.is_empty()
+        {
             return false;
         }
         let number = name.number;
@@ -131,32 +126,40 @@ impl Writer {
         self.shared.index.segment(name.number).is_some_and(|record| record.sealed.name == *name)
     }
 
-    /// Positions of listed segments that their devices, having told all they hold, do not have.
+    fn note_held(&mut self, device: DeviceId, page: &[ShardId]) {
+        for shard in page {
+            let index = usize::from(shard.index.0);
+            // A copy on another device than the position's is of no use.
+            let is_in_place = || self.shared.store.positions(shard.segment.pg).get(index) == Some(&Some(device));
+            if index < 64 && self.lists(&shard.segment) && is_in_place() {
+                self.reconcile.held.entry(shard.segment.number).and_modify(|bits| *bits |= 1 << index);
+            }
+        }
+    }
+
+    /// Takes over what the devices told of the positions of listed segments.
     fn note_missing(&mut self) {
         let held = std::mem::take(&mut self.reconcile.held);
         let asked = std::mem::take(&mut self.reconcile.asked);
-        let mut found = 0;
-        for record in self.shared.index.segments() {
-            let name = record.sealed.name;
-            if name.number >= self.reconcile.before {
-                continue;
-            }
-            let bits = held.get(&name.number).copied().unwrap_or(0);
-            let is_missing = |(index, device): &(u8, Option<DeviceId>)| {
-                bits >> index & 1 == 0
-                    && device.is_some_and(|device| asked.contains(&device))
-                    && !record.holes.contains(&ShardIndex(*index))
-            };
-            let positions = (0..64).zip(self.shared.store.positions(name.pg));
-            let missing: Vec<ShardIndex> = positions.filter(is_missing).map(|(index, _)| ShardIndex(index)).collect();
-            if !missing.is_empty() {
-                tracing::warn!(volume = %self.shared.id, segment = %name, ?missing, "positions are missing");
-                found += missing.len();
-                let holes = record.holes.iter().copied().chain(missing).collect();
-                self.shared.index.set_holes(name.number, holes);
+        let mut found = false;
+        for (number, bits) in held {
+            let Some(record) = self.shared.index.segment(number) else { continue };
+            let positions = (0..64).zip(self.shared.store.positions(record.sealed.name.pg));
+            let missing: Vec<ShardIndex> = positions
+                .filter(|(index, device)| match device {
+                    Some(device) if asked.contains(device) => bits >> index & 1 == 0,
+                    _ => record.holes.contains(&ShardIndex(*index)),
+                })
+                .map(|(index, _)| ShardIndex(index))
+                .collect();
+            if missing != record.holes {
+                let name = record.sealed.name;
+                tracing::warn!(volume = %self.shared.id, segment = %name, ?missing, known = ?record.holes, "positions are missing");
+                found |= !missing.is_empty();
+                self.shared.index.set_holes(number, missing);
             }
         }
-        if found > 0 {
+        if found {
             self.look_after_holes();
         }
     }

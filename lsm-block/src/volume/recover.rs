@@ -116,12 +116,29 @@ impl Recovery<'_> {
                 None => Journal::default(),
             };
             match self.apply(&journal).await {
-                Ok(found) => return Ok((journal, found)),
+                Ok(found) if self.still_say(&journal).await? => return Ok((journal, found)),
+                Ok(_) => self.wait("a journal member changed while it was read".to_owned()).await?,
                 // What the members say now counts: without that one, if another is whole.
                 Err(error @ VolumeError::ReplicaGone { .. }) => self.wait(error.to_string()).await?,
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Whether the members that were read say now what they said at the close. One that lost power in between has lost what was
+    /// not flushed, and another one may have to be waited for.
+    async fn still_say(&mut self, journal: &Journal) -> Result<bool, VolumeError> {
+        let Some(set) = self.register.set.clone().filter(|_| !journal.members.is_empty()) else { return Ok(true) };
+        let again = self.close_members(&set).await?;
+        Ok(journal.members.iter().all(|(device, before)| {
+            let now = again.members.iter().find(|(other, _)| other == device);
+            now.is_some_and(|(_, now)| {
+                let lengths = |closed: &ClosedMember| -> Vec<(SegmentName, u64)> {
+                    closed.replicas.iter().map(|replica| (replica.segment, replica.length)).collect()
+                };
+                now.state == before.state && now.manifest == before.manifest && lengths(now) == lengths(before)
+            })
+        }))
     }
 
     async fn open_index(&mut self) -> Result<(), VolumeError> {

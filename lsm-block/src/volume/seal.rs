@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
 use xsan_env::Buf;
-use xsan_types::{BLOCK_BYTES, Crc32c, SealedSegment, SegmentName, crc32c};
+use xsan_types::{BLOCK_BYTES, Crc32c, SealedSegment, SegmentName, ShardIndex, crc32c};
 
 /// How long to wait for nodes to come back before a seal is tried again, if no change is reported.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -113,15 +113,18 @@ impl Writer {
         self.filling_holes = true;
         let (name, number) = (record.sealed.name, record.sealed.name.number);
         let fill = self.shared.store.fill_holes(name, record.sealed.bytes, Holes(record.holes.clone()));
-        self.events.push(Box::pin(async move { Event::HolesFilled { number, holes: fill.await.ok() } }));
+        let asked = record.holes;
+        self.events.push(Box::pin(async move { Event::HolesFilled { number, asked, holes: fill.await.ok() } }));
     }
 
-    pub(super) fn holes_filled(&mut self, number: u64, holes: Option<Holes>) {
+    pub(super) fn holes_filled(&mut self, number: u64, asked: &[ShardIndex], holes: Option<Holes>) {
         self.filling_holes = false;
         self.holes_after = self.holes_after.max(number);
-        if let Some(holes) = holes {
+        if let (Some(holes), Some(record)) = (holes, self.shared.index.segment(number)) {
             tracing::debug!(volume = %self.shared.id, number, missing = holes.0.len(), "positions of a segment were filled");
-            self.shared.index.set_holes(number, holes.0);
+            // Others may have been found missing meanwhile.
+            let missing = record.holes.into_iter().filter(|hole| !asked.contains(hole) || holes.0.contains(hole));
+            self.shared.index.set_holes(number, missing.collect());
         }
         self.fill_next_hole();
     }

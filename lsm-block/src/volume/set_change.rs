@@ -25,6 +25,8 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// Before the second attempt to grow a set.
 pub(super) const GROW_PAUSE: Duration = Duration::from_secs(1);
 const GROW_PAUSE_MAX: Duration = Duration::from_secs(60);
+/// Longest that an attempt to grow may hold up a set that serves.
+const GROW_MAX: Duration = Duration::from_secs(2);
 
 /// Records of a segment by offset.
 type Records = Vec<(u64, Buf)>;
@@ -50,7 +52,14 @@ impl Writer {
             let failed = self.failed_members.iter().map(|&member| self.set.members[member].at.device);
             let mut avoided: Vec<DeviceId> = failed.collect();
             avoided.append(&mut avoid);
-            match self.next_set(&avoided).await {
+            let next = if self.failed_members.is_empty() {
+                let env = self.shared.env.clone();
+                let silent = SetFailure::Plan(StoreError::Internal);
+                env.timeout(GROW_MAX, self.next_set(&avoided)).await.unwrap_or(Err(silent))
+            } else {
+                self.next_set(&avoided).await
+            };
+            match next {
                 Ok(set) => match self.register_set(&set).await {
                     Ok(()) => return self.serve_set(set).await,
                     Err(error) if self.fenced(&error) => return,
@@ -106,15 +115,15 @@ impl Writer {
             && self.shared.store.plan_set(self.shared.id, &[]).is_ok_and(|planned| planned.len() > members)
     }
 
-    /// Tries again after a while, longer each time: a try holds up acknowledgements. Without enough nodes in the map there is
-    /// nothing to try; their return is a change that is reported.
+    /// Tries again after a while, longer each time: a try holds up acknowledgements, and one that fails leaves members behind until the
+    /// next set is registered. After a few tries, or without enough nodes in the map, only a change of the map gives hope.
     fn grow_later(&mut self) {
-        if self.grow_timer || !self.can_grow() {
+        if self.grow_timer || self.grow_pause > GROW_PAUSE_MAX || !self.can_grow() {
             return;
         }
         self.grow_timer = true;
         let sleep = self.shared.env.sleep(self.grow_pause);
-        self.grow_pause = (self.grow_pause * 2).min(GROW_PAUSE_MAX);
+        self.grow_pause *= 2;
         self.events.push(Box::pin(async move {
             sleep.await;
             Event::GrowAgain

@@ -22,7 +22,7 @@ use xsan_env::runtime::BoxFuture;
 use xsan_env::{BufMut, Moment};
 use xsan_types::{
     BLOCK_BYTES, CheckpointRef, FlushRequest, Register, RegisterError, SealedSegment, SegmentName, Sequence, SetId,
-    ShardId,
+    ShardId, ShardIndex,
 };
 
 /// How often is looked whether what waits still moves.
@@ -55,7 +55,7 @@ pub(super) enum Event {
     /// Nodes came or went.
     NodesChanged,
     /// Holes of a segment were looked after.
-    HolesFilled { number: u64, holes: Option<Holes> },
+    HolesFilled { number: u64, asked: Vec<ShardIndex>, holes: Option<Holes> },
     /// Some segments still miss positions.
     HolesAgain,
     /// The tail of a shrunk volume is discarded (or nothing was to discard): the size can be registered.
@@ -298,10 +298,11 @@ impl Writer {
             Event::NodesChanged => {
                 self.watch_nodes();
                 self.look_after_holes();
+                self.grow_pause = GROW_PAUSE;
                 self.grow_set();
                 self.reconcile_later();
             }
-            Event::HolesFilled { number, holes } => self.holes_filled(number, holes),
+            Event::HolesFilled { number, asked, holes } => self.holes_filled(number, &asked, holes),
             Event::HolesAgain => {
                 self.filling_holes = false;
                 self.look_after_holes();
@@ -669,8 +670,11 @@ impl Writer {
 
     /// Deletes what no running read can reach any more.
     pub(super) fn bury(&mut self) {
+        // In order: a read that holds an older token may have looked up a name that a later checkpoint dropped.
+        let mut is_held = false;
         self.graves.retain_mut(|grave| {
-            if Arc::strong_count(&grave.token) > 1 {
+            is_held |= Arc::strong_count(&grave.token) > 1;
+            if is_held {
                 return true;
             }
             let names = std::mem::take(&mut grave.names);
