@@ -49,6 +49,14 @@ pub enum VolumeError {
         /// Of what.
         segment: SegmentName,
     },
+    /// Records that were acknowledged can be read from no journal member that answers.
+    #[error("the log in segment {segment} is damaged at {offset} on every journal member that answers")]
+    ReplicaDamaged {
+        /// Which.
+        segment: SegmentName,
+        /// Where.
+        offset: u64,
+    },
     /// More members of the journal set are lost than the scheme tolerates.
     #[error("{lost} of {members} journal members are lost and none of the others is whole")]
     JournalLost {
@@ -72,7 +80,7 @@ impl VolumeError {
             Self::Store(error) => error.kind(),
             Self::Index(error) => error.kind(),
             Self::Register(error) => error.kind(),
-            Self::Footer { .. } | Self::JournalLost { .. } => ErrorKind::Corrupt,
+            Self::Footer { .. } | Self::JournalLost { .. } | Self::ReplicaDamaged { .. } => ErrorKind::Corrupt,
         }
     }
 }

@@ -278,7 +278,11 @@ impl Device {
                     replicas: member
                         .replicas
                         .iter()
-                        .map(|(&segment, replica)| OpenReplica { segment, length: replica.reserved() })
+                        .map(|(&segment, replica)| {
+                            let is_own = member.incarnation == device.incarnation;
+                            let complete = if is_own { replica.contiguous } else { 0 };
+                            OpenReplica { segment, length: replica.reserved(), complete }
+                        })
                         .collect(),
                 })
                 .collect();

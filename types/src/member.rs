@@ -84,6 +84,9 @@ pub struct OpenReplica {
     pub segment: SegmentName,
     /// Bytes that may hold records: the reserved length, at least everything acknowledged. Records prove themselves.
     pub length: u64,
+    /// Bytes from the start that the member's process has written itself, without a gap: there are records up to here, whatever can be
+    /// read now. 0 after a restart.
+    pub complete: u64,
 }
 
 /// What a closed member says (P10, step 2).

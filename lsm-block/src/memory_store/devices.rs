@@ -301,9 +301,11 @@ impl State {
                 () if member.boot == boot => MemberState::Whole,
                 () => MemberState::Flushed,
             };
-            let replicas = member.replicas.iter();
-            let replicas =
-                replicas.map(|(&segment, replica)| OpenReplica { segment, length: replica.reserved() }).collect();
+            let open = |(&segment, replica): (&SegmentName, &Replica)| {
+                let complete = if state == MemberState::Live { replica.contiguous() } else { 0 };
+                OpenReplica { segment, length: replica.reserved(), complete }
+            };
+            let replicas = member.replicas.iter().map(open).collect();
             closed.push(ClosedMember { set, state, manifest: member.manifest.clone(), replicas });
         }
         Ok(closed)

@@ -40,6 +40,8 @@ pub(super) struct Recovered {
 #[derive(Default)]
 struct Journal {
     members: Vec<(DeviceId, ClosedMember)>,
+    /// Members that did not answer and were not needed.
+    silent: usize,
     first_close: Moment,
 }
 
@@ -118,6 +120,10 @@ impl Recovery<'_> {
             match self.apply(&journal).await {
                 Ok(found) if self.still_say(&journal).await? => return Ok((journal, found)),
                 Ok(_) => self.wait("a journal member changed while it was read".to_owned()).await?,
+                // Somebody who has not been asked may have what cannot be read.
+                Err(error @ VolumeError::ReplicaDamaged { .. }) if journal.silent > 0 => {
+                    self.wait(error.to_string()).await?;
+                }
                 // What the members say now counts: without that one, if another is whole.
                 Err(error @ VolumeError::ReplicaGone { .. }) => self.wait(error.to_string()).await?,
                 Err(error) => return Err(error),
@@ -132,12 +138,7 @@ impl Recovery<'_> {
         let again = self.close_members(&set).await?;
         Ok(journal.members.iter().all(|(device, before)| {
             let now = again.members.iter().find(|(other, _)| other == device);
-            now.is_some_and(|(_, now)| {
-                let lengths = |closed: &ClosedMember| -> Vec<(SegmentName, u64)> {
-                    closed.replicas.iter().map(|replica| (replica.segment, replica.length)).collect()
-                };
-                now.state == before.state && now.manifest == before.manifest && lengths(now) == lengths(before)
-            })
+            now.is_some_and(|(_, now)| now == before)
         }))
     }
 
@@ -189,6 +190,7 @@ impl Recovery<'_> {
                 }
             }
             // The best word first: readers of records ask in this order.
+            journal.silent = silent;
             journal.members.sort_by_key(|(_, closed)| std::cmp::Reverse(closed.state));
             let whole = journal.members.first().is_some_and(|(_, closed)| closed.state >= MemberState::Whole);
             if whole {
@@ -240,7 +242,8 @@ impl Recovery<'_> {
                 .iter()
                 .filter_map(|(device, closed)| {
                     let replica = closed.replicas.iter().find(|replica| replica.segment == name)?;
-                    Some(Source { device: *device, set: closed.set, length: replica.length })
+                    let (length, complete) = (replica.length, replica.complete);
+                    Some(Source { device: *device, set: closed.set, length, complete })
                 })
                 .collect();
             self.replay_segment(name, sources, &listed, &mut resealed).await?;

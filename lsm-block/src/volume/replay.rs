@@ -17,6 +17,8 @@ pub(super) struct Source {
     pub set: SetId,
     /// Bytes that may hold records.
     pub length: u64,
+    /// Bytes that surely hold records.
+    pub complete: u64,
 }
 
 /// A verified record.
@@ -61,7 +63,15 @@ impl<'a> Scan<'a> {
             }
         }
         // The log ends only where every source was asked: one that does not answer now may hold the next record.
-        away.map_or(Ok(None), Err)
+        if let Some(error) = away {
+            return Err(error);
+        }
+        // Nor does it end before what a member knows that it has written: that is damage.
+        let complete = self.sources.iter().map(|(source, _)| source.complete).max();
+        if complete.is_some_and(|complete| self.offset < complete) {
+            return Err(VolumeError::ReplicaDamaged { segment: self.segment, offset: self.offset });
+        }
+        Ok(None)
     }
 
     /// The record at the current offset, if this source has it whole.
