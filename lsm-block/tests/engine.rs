@@ -461,6 +461,37 @@ fn an_old_owner_acknowledges_nothing_that_its_successor_did_not_find() {
     });
 }
 
+#[test]
+fn a_large_write_that_crosses_the_end_of_a_row_segment_goes_on_in_the_next_one() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let env = OsRuntime::current();
+        let rig = Rig::new(&env, 1, Scheme::rs(4, 2).unwrap(), false, AckPolicy::Replicated);
+        let volume = rig.open().await;
+        let large = |stamp: u8| Buf::copied(&vec![stamp; 512 << 10]);
+        let has_rows = async {
+            while volume.status().counters.row_bytes == 0 {
+                volume.write(0, large(1), false).await.expect("a write");
+            }
+        };
+        assert!(env.timeout(Duration::from_secs(10), has_rows).await.is_some(), "rows are opened");
+        let before = volume.status().counters;
+        // Two rows each into segments of three.
+        for stamp in 2..12 {
+            volume.write(u64::from(stamp) << 19, large(stamp), false).await.expect("a write");
+        }
+        let after = volume.status().counters;
+        assert_eq!(after.row_bytes - before.row_bytes, 10 << 19);
+        let journal = after.journal_bytes - before.journal_bytes;
+        assert!(journal < 64 << 10, "{journal} bytes of large writes went through the journal");
+        for stamp in 2..12 {
+            let pieces = volume.read(u64::from(stamp) << 19, 512 << 10).await.expect("a read");
+            let right = |piece: &Piece| matches!(piece, Piece::Data(data) if data.iter().all(|&byte| byte == stamp));
+            assert!(pieces.iter().all(right), "write {stamp}");
+        }
+    });
+}
+
 /// Found by a simulated cluster: after one failed attempt a set with fewer members was never made larger again.
 #[test]
 fn a_set_with_fewer_members_grows_though_an_attempt_fails() {

@@ -16,7 +16,7 @@ const BLOCK: usize = BLOCK_BYTES as usize;
 /// Inline blocks of one record: with its header it fits a 1 MiB chunk.
 const INLINE_BLOCKS_MAX: usize = 240;
 /// Blocks of one rows record.
-const ROWS_BLOCKS_MAX: usize = 2048;
+pub(super) const ROWS_BLOCKS_MAX: usize = 2048;
 /// A write of fewer blocks than a unit never goes by rows.
 const LARGE_BLOCKS: usize = (UNIT_BYTES / BLOCK_BYTES) as usize;
 /// Entries of one record.
@@ -65,6 +65,28 @@ struct Part {
 impl Part {
     fn contains(&self, lba: Lba) -> bool {
         BlockRange { start: self.lba, count: self.count }.contains(lba)
+    }
+
+    /// The first `count` blocks of data, and the others; a side without any is `None`.
+    fn split(self, count: usize) -> (Option<Self>, Option<Self>) {
+        let Content::Blocks(data) = &self.content else { unreachable!("only data is split") };
+        let count = count.min(self.count as usize);
+        let piece = |from: usize, to: usize| {
+            let content = Content::Blocks(data.slice(from * BLOCK..to * BLOCK));
+            let (lba, count) = (Lba(self.lba.0 + from as u64), (to - from) as u64);
+            (from < to).then_some(Self { lba, count, content, sequence: self.sequence })
+        };
+        (piece(0, count), piece(count, self.count as usize))
+    }
+
+    /// Pieces of data of at most `blocks` blocks.
+    fn cut(self, blocks: usize) -> impl Iterator<Item = Self> {
+        let mut rest = Some(self);
+        std::iter::from_fn(move || {
+            let (piece, later) = rest.take()?.split(blocks);
+            rest = later;
+            piece
+        })
     }
 
     fn entry(&self) -> Entry {
@@ -367,51 +389,40 @@ impl Writer {
         }));
     }
 
-    /// Lays the parts out as records and sends them.
+    /// Lays the parts out as records and sends them; the last one carries the requests.
     fn send(&mut self, mut parts: Parts) {
-        let rows = self.take_rows(&mut parts);
-        let requests = std::mem::take(&mut parts.requests);
-        let inline = std::mem::take(&mut parts.inline);
-        match (rows, inline.is_empty()) {
-            (Some(rows), true) => self.send_rows(rows, requests),
-            (Some(rows), false) => {
-                self.send_rows(rows, Vec::new());
-                self.send_inline(&inline, requests);
+        let mut requests = std::mem::take(&mut parts.requests);
+        while let Some(rows) = self.take_rows(&mut parts) {
+            let requests = if parts.is_empty() { std::mem::take(&mut requests) } else { Vec::new() };
+            self.send_rows(rows, requests);
+            if self.rows_room() == 0 {
+                self.next_rows();
             }
-            (None, _) => self.send_inline(&inline, requests),
+        }
+        // What fills no row. Inline records are small: cut it. (A batch limit bounds the whole.)
+        parts.inline.extend(parts.large.into_iter().flat_map(|part| part.cut(INLINE_BLOCKS_MAX)));
+        if !parts.inline.is_empty() {
+            self.send_inline(&parts.inline, requests);
         }
     }
 
-    /// Moves whole rows out of the large parts; what is left over becomes inline. `None` if there is no whole row.
+    /// Moves as many whole rows out of the large parts as the open row segment takes. `None` if that is not even one.
     fn take_rows(&mut self, parts: &mut Parts) -> Option<Vec<Part>> {
         let row_blocks = self.shared.store.data_shards() * LARGE_BLOCKS;
-        let room = self.rows_room() as usize;
-        let rows = (parts.large_blocks / row_blocks).min(room);
+        let rows = (parts.large_blocks / row_blocks).min(self.rows_room() as usize);
+        if rows == 0 {
+            return None;
+        }
         let mut wanted = rows * row_blocks;
+        parts.large_blocks -= wanted;
         let mut taken = Vec::new();
         for part in std::mem::take(&mut parts.large) {
-            let Content::Blocks(data) = &part.content else { unreachable!("large parts are data") };
-            let here = wanted.min(part.count as usize);
-            wanted -= here;
-            let cut = here * BLOCK;
-            let (sequence, lba) = (part.sequence, part.lba);
-            if here > 0 {
-                taken.push(Part { lba, count: here as u64, content: Content::Blocks(data.slice(..cut)), sequence });
-            }
-            // Inline records are small: cut what is left over. (A batch limit bounds the whole.)
-            let mut at = here;
-            while at < part.count as usize {
-                let blocks = (part.count as usize - at).min(INLINE_BLOCKS_MAX);
-                parts.inline.push(Part {
-                    lba: Lba(lba.0 + at as u64),
-                    count: blocks as u64,
-                    content: Content::Blocks(data.slice(at * BLOCK..(at + blocks) * BLOCK)),
-                    sequence,
-                });
-                at += blocks;
-            }
+            let (head, tail) = part.split(wanted);
+            wanted -= head.as_ref().map_or(0, |part| part.count as usize);
+            taken.extend(head);
+            parts.large.extend(tail);
         }
-        (rows > 0).then_some(taken)
+        Some(taken)
     }
 
     fn send_rows(&mut self, parts: Vec<Part>, requests: Vec<(Done, bool)>) {

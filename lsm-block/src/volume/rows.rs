@@ -1,5 +1,6 @@
 //! Large writes (P9): row segments, their failures, and what a flush must name of them.
 
+use super::batch::ROWS_BLOCKS_MAX;
 use super::journal::{RowSegment, Stage};
 use super::shared::OpenSegment;
 use super::writer::{Event, Writer};
@@ -36,18 +37,30 @@ impl Writer {
         open.map_or(0, |rows| self.rows_max().saturating_sub(rows.rows))
     }
 
-    /// Whether rows can be written now; asks for a row segment when there is none.
+    /// Whether rows can be written now; asks for a row segment when there is none, and for the next one before the open one is full.
     pub(super) fn rows_ready(&mut self) -> bool {
         if !self.shared.store.rows_possible() {
             return false;
         }
         if self.rows_room() == 0 {
-            self.rotate_rows();
+            self.next_rows();
         }
-        if self.rows.is_none() && !self.rows_opening {
+        // What crosses the end of the open segment goes on in the next one, and not through the journal.
+        let crossing = self.rows_room() * self.row_bytes() / xsan_types::BLOCK_BYTES <= ROWS_BLOCKS_MAX as u64;
+        let wanted = self.rows.is_none() || (crossing && self.rows_ahead.is_none());
+        if wanted && !self.rows_opening {
             self.open_rows();
         }
         self.rows.is_some()
+    }
+
+    /// Freezes the open row segment; the one opened ahead takes its place.
+    pub(super) fn next_rows(&mut self) {
+        self.freeze_rows();
+        self.rows = self.rows_ahead.take();
+        if let Some(number) = self.rows {
+            self.publish_rows(number);
+        }
     }
 
     fn open_rows(&mut self) {
@@ -79,8 +92,12 @@ impl Writer {
             stage: Stage::Open,
         };
         self.row_segments.insert(name.number, segment);
-        self.publish_rows(name.number);
-        self.rows = Some(name.number);
+        if self.rows.is_some() {
+            self.rows_ahead = Some(name.number);
+        } else {
+            self.rows = Some(name.number);
+            self.publish_rows(name.number);
+        }
     }
 
     /// Readers learn how far the rows reach.
@@ -90,17 +107,29 @@ impl Writer {
         self.shared.open.lock().expect("open lock").insert(number, open);
     }
 
-    /// Freezes the open row segment.
+    /// Freezes the open row segment and forgets the one opened ahead: later rows get a name that is given from now on.
     pub(super) fn rotate_rows(&mut self) {
+        self.freeze_rows();
+        if let Some(number) = self.rows_ahead.take() {
+            self.forget_unused(number);
+        }
+    }
+
+    fn freeze_rows(&mut self) {
         let Some(number) = self.rows.take() else { return };
-        let rows = self.row_segments.get_mut(&number).expect("the open row segment");
-        if rows.rows == 0 {
-            // Nothing was ever written: its name is simply never used.
+        if !self.forget_unused(number) {
+            self.row_segments.get_mut(&number).expect("the open row segment").frozen = true;
+        }
+    }
+
+    /// Forgets a row segment to which nothing was ever written: its name is simply never used.
+    fn forget_unused(&mut self, number: u64) -> bool {
+        let unused = self.row_segments.get(&number).is_some_and(|rows| rows.rows == 0);
+        if unused {
             self.row_segments.remove(&number);
             self.shared.open.lock().expect("open lock").remove(&number);
-        } else {
-            rows.frozen = true;
         }
+        unused
     }
 
     pub(super) fn rows_written(&mut self, batch: u64, result: Result<(), StoreError>) {
@@ -112,7 +141,6 @@ impl Writer {
                 }
                 // Opened ahead, so that the next large write finds rows ready.
                 if self.rows.is_some() && self.rows_room() == 0 {
-                    self.rotate_rows();
                     self.rows_ready();
                 }
             }
@@ -147,6 +175,9 @@ impl Writer {
 
     /// Gives up every row segment that is still being written: a device of one of them failed.
     fn fail_rows(&mut self) {
+        if let Some(number) = self.rows_ahead.take() {
+            self.forget_unused(number);
+        }
         let open: Vec<u64> =
             self.row_segments.iter().filter(|(_, rows)| matches!(rows.stage, Stage::Open)).map(|(&n, _)| n).collect();
         for number in open {

@@ -124,6 +124,8 @@ pub(super) struct Writer {
     pub row_segments: BTreeMap<u64, RowSegment>,
     /// The row segment that takes rows.
     pub rows: Option<u64>,
+    /// The row segment that takes them next, opened before the open one is full. Nothing was written to it.
+    pub rows_ahead: Option<u64>,
     pub rows_opening: bool,
     pub manifest: Vec<SealedSegment>,
     pub flush_waiters: Vec<Done>,
@@ -187,6 +189,7 @@ impl Writer {
             chunk: None,
             row_segments: BTreeMap::new(),
             rows: None,
+            rows_ahead: None,
             rows_opening: false,
             manifest: Vec::new(),
             flush_waiters: Vec::new(),
@@ -617,7 +620,7 @@ impl Writer {
         segment.frozen = true;
         let rows = segment.rows.clone();
         if self.rows.is_some_and(|open| rows.contains(&open)) {
-            self.rotate_rows();
+            self.next_rows();
         }
     }
 
