@@ -7,7 +7,7 @@ use lsm_block::{AckPolicy, Registers, SegmentStore, Tuning, Volume, VolumeConfig
 use raft_meta::{Consensus, MetaState, RegisterClient};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, RwLock};
-use tokio::sync::Mutex as AsyncMutex;
+use tokio::sync::{Mutex as AsyncMutex, RwLock as AsyncRwLock, watch};
 use xsan_env::runtime::BoxFuture;
 use xsan_env::{BufPool, Env};
 use xsan_pool::Pool;
@@ -58,15 +58,12 @@ struct Inner {
     tuning: Tuning,
     pools: RwLock<BTreeMap<PoolId, Arc<Pool>>>,
     attached: Mutex<BTreeMap<VolumeId, Arc<Attached>>>,
-    /// One take-over at a time per process; also held while a volume is deleted.
-    attaching: AsyncMutex<Closing>,
-}
-
-/// Whether attaching is still allowed.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Closing {
-    No,
-    Yes,
+    /// One take-over, hand-over or deletion of a volume at a time; a volume that waits for nodes keeps no other one waiting.
+    turns: Mutex<BTreeMap<VolumeId, Arc<AsyncMutex<()>>>>,
+    /// Held shared by whoever has a turn: what `close` waits for.
+    busy: AsyncRwLock<()>,
+    /// Set once: no volume is attached any more, and take-overs that run are given up.
+    closing: watch::Sender<bool>,
 }
 
 /// Volumes of this process; cheap to clone.
@@ -85,7 +82,9 @@ impl VolumeManager {
             tuning,
             pools: RwLock::new(BTreeMap::new()),
             attached: Mutex::new(BTreeMap::new()),
-            attaching: AsyncMutex::new(Closing::No),
+            turns: Mutex::new(BTreeMap::new()),
+            busy: AsyncRwLock::new(()),
+            closing: watch::Sender::new(false),
         }))
     }
 
@@ -116,13 +115,18 @@ impl VolumeManager {
     /// # Errors
     /// `NotFound`, or why the take-over failed.
     pub async fn attach(&self, name: &str) -> Result<Arc<Attached>, ClusterError> {
-        let closing = self.0.attaching.lock().await;
-        if *closing == Closing::Yes {
+        let _busy = self.0.busy.read().await;
+        let mut closing = self.0.closing.subscribe();
+        if *closing.borrow() {
             return Err(ClusterError::Closing);
         }
+        let no_volume = || ClusterError::NoVolume(name.to_owned());
+        let id = self.view().volume_named(name).ok_or_else(no_volume)?.id;
+        let _turn = self.turn(id).lock_owned().await;
+        // Another one may have attached, renamed or deleted it meanwhile.
         let view = self.view();
-        let record = view.volume_named(name).ok_or_else(|| ClusterError::NoVolume(name.to_owned()))?;
-        if let Some(attached) = self.serving(record.id) {
+        let record = view.volume_named(name).filter(|record| record.id == id).ok_or_else(no_volume)?;
+        if let Some(attached) = self.serving(id) {
             return Ok(attached);
         }
         let pool = self.0.pools.read().expect("pools lock").get(&record.pool).cloned();
@@ -142,11 +146,19 @@ impl VolumeManager {
             tuning: self.0.tuning,
         };
         let began = self.0.env.now();
-        let volume = Volume::open(config).await?;
+        let volume = tokio::select! {
+            // A take-over may end anywhere: the next owner begins again.
+            _ = closing.wait_for(|&closing| closing) => return Err(ClusterError::Closing),
+            opened = Volume::open(config) => opened?,
+        };
         tracing::info!(volume = name, took = ?self.0.env.now().since(began), "attached");
         let attached = Arc::new(Attached { id: record.id, volume, name: RwLock::new(name.to_owned()) });
         self.0.attached.lock().expect("attached lock").insert(record.id, Arc::clone(&attached));
         Ok(attached)
+    }
+
+    fn turn(&self, id: VolumeId) -> Arc<AsyncMutex<()>> {
+        Arc::clone(self.0.turns.lock().expect("turns lock").entry(id).or_default())
     }
 
     /// The engine of a volume, if it serves.
@@ -178,7 +190,8 @@ impl VolumeManager {
     /// # Errors
     /// Those of the volume; it is not served any more all the same.
     pub async fn detach(&self, id: VolumeId) -> Result<(), ClusterError> {
-        let _attaching = self.0.attaching.lock().await;
+        let _busy = self.0.busy.read().await;
+        let _turn = self.turn(id).lock_owned().await;
         let attached = self.0.attached.lock().expect("attached lock").remove(&id);
         match attached {
             Some(attached) => Ok(attached.volume.close().await?),
@@ -192,7 +205,8 @@ impl VolumeManager {
     /// # Errors
     /// Those of the register (it has snapshots …).
     pub async fn delete(&self, id: VolumeId, pool: PoolId) -> Result<(), ClusterError> {
-        let _attaching = self.0.attaching.lock().await;
+        let _busy = self.0.busy.read().await;
+        let _turn = self.turn(id).lock_owned().await;
         let registers = RegisterClient::new(Arc::clone(&self.0.meta));
         let register = registers.read(id).await?;
         let token = ChangeToken(self.0.env.random_u128());
@@ -206,12 +220,14 @@ impl VolumeManager {
             let view = RegisterView { volume: id, generation: retired.generation, set: None, deleted: true };
             pool.registered(view).await?;
         }
+        self.0.turns.lock().expect("turns lock").remove(&id);
         Ok(())
     }
 
     /// Hands every volume over and refuses new clients.
     pub async fn close(&self) {
-        *self.0.attaching.lock().await = Closing::Yes;
+        self.0.closing.send_replace(true);
+        let _all = self.0.busy.write().await;
         let attached = std::mem::take(&mut *self.0.attached.lock().expect("attached lock"));
         let closes = attached.into_values().map(|attached| async move {
             let name = attached.name();

@@ -152,7 +152,7 @@ impl Haggling<'_> {
                     self.send(stream, &bytes).await?;
                 }
                 Step::Export(name) => {
-                    let Some((export, info)) = self.open(&name).await? else { return Err(Closed) };
+                    let Ok((export, info)) = self.open(&name).await? else { return Err(Closed) };
                     let bytes = self.state.export_name_reply(&name, &info);
                     self.send(stream, &bytes).await?;
                     return Ok(Agreed::Serve(export, self.state.rules(&name, &info)));
@@ -195,26 +195,31 @@ impl Haggling<'_> {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send,
     {
-        let Some((export, info)) = self.open(&query.name).await? else {
-            let bytes = self.state.info_reply(query, Err(Absent::Unknown));
-            self.send(stream, &bytes).await?;
-            return Ok(None);
+        let (export, info) = match self.open(&query.name).await? {
+            Ok(found) => found,
+            Err(absent) => {
+                let bytes = self.state.info_reply(query, Err(absent));
+                self.send(stream, &bytes).await?;
+                return Ok(None);
+            }
         };
         let bytes = self.state.info_reply(query, Ok(&info));
         self.send(stream, &bytes).await?;
         Ok(Some(Agreed::Serve(export, self.state.rules(&query.name, &info))))
     }
 
-    /// Opens an export and waits until this connection may have it; `None`: it cannot be served.
-    async fn open(&self, name: &str) -> Result<Option<(Arc<dyn Export>, ExportInfo)>, Closed> {
-        let Some(name) = self.resolve(name).await else { return Ok(None) };
-        let export = match self.shared.exports.open(&name, self.guard.peer().transport).await {
-            Ok(export) => export,
-            Err(OpenError::NotFound) => return Ok(None),
-            Err(error) => {
+    /// Opens an export and waits until this connection may have it.
+    async fn open(&self, name: &str) -> Result<Result<(Arc<dyn Export>, ExportInfo), Absent>, Closed> {
+        let Some(name) = self.resolve(name).await else { return Ok(Err(Absent::Unknown)) };
+        let opened = self.shared.exports.open(&name, self.guard.peer().transport);
+        let export = match self.unless_stopping(opened).await {
+            Some(Ok(export)) => export,
+            Some(Err(OpenError::NotFound)) => return Ok(Err(Absent::Unknown)),
+            Some(Err(error)) => {
                 tracing::info!(export = name, %error, "export not opened");
-                return Ok(None);
+                return Ok(Err(Absent::Unavailable));
             }
+            None => return Ok(Err(Absent::Shutdown)),
         };
         let info = export.info();
         if let Err(turned) = self.guard.enter(&info.name, info.multi_conn).await {
@@ -223,7 +228,17 @@ impl Haggling<'_> {
         }
         // Looked at again: it may have grown while the old client was waited for.
         let info = ExportInfo { multi_conn: info.multi_conn, ..export.info() };
-        Ok(Some((export, info)))
+        Ok(Ok((export, info)))
+    }
+
+    /// What `future` gives; `None` as soon as the server stops. (A volume may wait for its nodes for a minute.)
+    async fn unless_stopping<T>(&self, mut future: BoxFuture<'_, T>) -> Option<T> {
+        let session = self.guard.session();
+        poll_fn(|context| match session.order(context) {
+            Order::Run => future.as_mut().poll(context).map(Some),
+            _ => Poll::Ready(None),
+        })
+        .await
     }
 
     async fn look_up(&self, name: &str) -> Option<ExportInfo> {

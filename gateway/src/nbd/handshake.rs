@@ -85,8 +85,10 @@ pub enum Step {
 /// Why an export is not shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Absent {
-    /// There is none of that name, or it cannot be served now.
+    /// There is none of that name.
     Unknown,
+    /// It cannot be served now.
+    Unavailable,
     /// The server is stopping.
     Shutdown,
 }
@@ -291,6 +293,11 @@ impl Handshake {
             Ok(export) => export,
             Err(Absent::Unknown) => {
                 reply(&mut bytes, code, option_reply::ERR_UNKNOWN, b"no such export");
+                return bytes;
+            }
+            Err(Absent::Unavailable) => {
+                let text = b"the export cannot be served now: the server's status says why";
+                reply(&mut bytes, code, option_reply::ERR_UNKNOWN, text);
                 return bytes;
             }
             Err(Absent::Shutdown) => {

@@ -11,7 +11,7 @@ use crate::store::{Check, Holes, SegmentRead};
 use futures::future::{join_all, try_join_all};
 use replay::{Replayed, Source};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 use xsan_env::{Buf, Moment};
@@ -51,13 +51,15 @@ struct Recovery<'a> {
     index: Arc<Index>,
     largest_number: u64,
     deadline: Moment,
+    /// The last reason for waiting: told once, not at every look.
+    told: Mutex<String>,
 }
 
 pub(super) async fn take_over(config: &VolumeConfig) -> Result<Recovered, VolumeError> {
     let register = change(config, Generation(0), 0, RegisterChange::Take).await?;
     let deadline = config.env.now().after(config.tuning.io_timeout);
     let index = Arc::new(Index::new(config.id, Arc::clone(&config.store), Arc::clone(&config.cache)));
-    let mut recovery = Recovery { config, largest_number: 0, index, register, deadline };
+    let mut recovery = Recovery { config, largest_number: 0, index, register, deadline, told: Mutex::default() };
     let (journal, found) = recovery.collect().await?;
     let checkpoint = recovery.checkpoint(found).await?;
     let set = recovery.create_set().await?;
@@ -103,7 +105,13 @@ impl Recovery<'_> {
             tracing::warn!(volume = %self.config.id, %reason, "take-over gives up");
             return Err(VolumeError::TimedOut);
         }
-        tracing::info!(volume = %self.config.id, %reason, "take-over waits");
+        {
+            let mut told = self.told.lock().expect("told lock");
+            if *told != reason {
+                tracing::info!(volume = %self.config.id, %reason, "take-over waits");
+                *told = reason;
+            }
+        }
         let mut changes = self.config.store.changes();
         self.config.env.timeout(RETRY_AFTER, changes.changed()).await;
         Ok(())

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use xsan_tests::ledger::content;
 use xsan_tests::load::{Shared, read_all_back, write_some};
+use xsan_tests::cluster::connect;
 use xsan_tests::{Cluster, Ledger, Random, eventually, within};
 
 const VOLUME_BYTES: u64 = 64 << 20;
@@ -133,4 +134,32 @@ async fn three_lost_nodes_make_io_wait_and_resume() {
     assert_eq!(cluster.status()["health"], "degraded");
     start(&cluster, &["n1", "n3"]);
     cluster.wait_until_whole(60);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_that_waits_for_nodes_keeps_no_other_one_and_no_shutdown_waiting() {
+    let mut cluster = Cluster::started();
+    cluster.create_volume("coded", "16MiB");
+    cluster.ok(&["pool", "create", "mirror", "--replicas", "4"]);
+    cluster.ok(&["volume", "create", "mirrored", "--size", "16MiB", "--pool", "mirror"]);
+    let bytes = vec![7; 1 << 20];
+    for volume in ["coded", "mirrored"] {
+        let mut guest = cluster.guest(volume).await;
+        guest.write(0, &bytes, 0).await.expect("a write");
+        guest.flush().await.expect("a flush");
+    }
+    cluster.kill();
+    cluster.start();
+    // Too few to seal what was open with 4+2, enough for four replicas; nothing is attached yet.
+    stop(&cluster, &["n1", "n2", "n3"]);
+    let dir = cluster.dir();
+    let waiting = tokio::spawn(async move { connect(&dir, "coded").await });
+    eventually(20, "the take-over of the coded volume has begun", || {
+        cluster.log().contains("take-over waits").then_some(()).ok_or_else(|| cluster.log())
+    });
+    let mut guest = cluster.guest("mirrored").await;
+    assert_eq!(guest.read(0, 1 << 20).await.expect("a read"), bytes);
+    assert!(!waiting.is_finished(), "the coded volume cannot be served: {:?}", waiting.await.map(|got| got.is_ok()));
+    cluster.stop();
+    assert!(within(10, "who waited is told", waiting).await.expect("no panic").is_err());
 }
