@@ -8,7 +8,7 @@
 use futures::future::join_all;
 use lsm_block::index::PageCache;
 use lsm_block::memory_store::{Fault, MemoryConfig, MemoryRegisters, MemoryStore};
-use lsm_block::{AckPolicy, Piece, Tuning, Volume, VolumeConfig};
+use lsm_block::{AckPolicy, Health, Piece, Tuning, Volume, VolumeConfig};
 use std::sync::Arc;
 use std::time::Duration;
 use xsan_env::os::OsRuntime;
@@ -154,15 +154,22 @@ impl Rig {
         }
     }
 
-    async fn open(&self) -> Arc<Volume> {
-        let tuning = Tuning {
+    fn tuning() -> Tuning {
+        Tuning {
             segment_bytes: 1 << 20,
             delta_bytes_max: 256 << 10,
             checkpoint_bytes: 8 << 20,
             io_timeout: Duration::from_secs(20),
             read_window: Duration::from_millis(20),
             ..Tuning::default()
-        };
+        }
+    }
+
+    async fn open(&self) -> Arc<Volume> {
+        self.open_tuned(Self::tuning()).await
+    }
+
+    async fn open_tuned(&self, tuning: Tuning) -> Arc<Volume> {
         let config = VolumeConfig {
             id: VOLUME,
             env: self.env.clone(),
@@ -489,6 +496,38 @@ fn a_large_write_that_crosses_the_end_of_a_row_segment_goes_on_in_the_next_one()
             let right = |piece: &Piece| matches!(piece, Piece::Data(data) if data.iter().all(|&byte| byte == stamp));
             assert!(pieces.iter().all(right), "write {stamp}");
         }
+    });
+}
+
+#[test]
+fn memory_of_changes_is_bounded_while_no_checkpoint_can_be_registered() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let env = OsRuntime::current();
+        let rig = Rig::new(&env, 1, Scheme::rs(4, 2).unwrap(), false, AckPolicy::Replicated);
+        let most = 4 << 10;
+        let volume = rig.open_tuned(Tuning { delta_bytes_max: most, ..Rig::tuning() }).await;
+        rig.registers.set_down(true);
+        // Every other block, so that no two changes are one.
+        let mut writing = Box::pin(async {
+            for block in (0..SIZE / BLOCK_BYTES).step_by(2) {
+                volume.write(block * BLOCK_BYTES, Buf::copied(&[1; BLOCK_BYTES as usize]), false).await?;
+            }
+            Ok::<(), lsm_block::VolumeError>(())
+        });
+        let told = async {
+            while !matches!(volume.status().health, Health::Waiting { reason, .. } if reason.contains("checkpoint")) {
+                env.sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::select! {
+            ended = &mut writing => panic!("the writes do not wait: {ended:?}, {:?}", volume.status()),
+            waits = env.timeout(Duration::from_secs(15), told) => assert!(waits.is_some(), "{:?}", volume.status()),
+        }
+        assert!(volume.status().delta_bytes < most * 8, "{:?}", volume.status());
+        rig.registers.set_down(false);
+        let ended = env.timeout(Duration::from_secs(15), writing).await;
+        assert!(matches!(ended, Some(Ok(()))), "{ended:?}, {:?}", volume.status());
     });
 }
 

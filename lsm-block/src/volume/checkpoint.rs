@@ -16,6 +16,8 @@ use xsan_types::{ChangeToken, CheckpointRef, Register, RegisterChange, RegisterE
 pub(super) const CHECKPOINT_PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause.
 const CHECKPOINT_PAUSE_MAX: Duration = Duration::from_secs(30);
+/// Checkpoints begin at [`crate::Tuning::delta_bytes_max`]; at so many times that, writes wait for one.
+const DELTA_TIMES_MAX: usize = 4;
 
 /// How far a checkpoint is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,9 +94,11 @@ impl Writer {
     /// Moves a checkpoint on, or begins one that is due.
     pub(super) fn advance_checkpoint(&mut self) {
         let tuning = &self.shared.tuning;
+        let delta_bytes = self.shared.index.delta_bytes();
+        self.delta_full = delta_bytes > tuning.delta_bytes_max * DELTA_TIMES_MAX;
         if self.checkpoint.is_idle()
             && self.checkpoint_may_begin()
-            && (self.shared.index.delta_bytes() > tuning.delta_bytes_max
+            && (delta_bytes > tuning.delta_bytes_max
                 || self.bytes_since_checkpoint() > tuning.checkpoint_bytes)
         {
             self.begin_checkpoint();

@@ -131,6 +131,8 @@ pub(super) struct Writer {
     pub flush_waiters: Vec<Done>,
     pub flush_round: Option<FlushRound>,
     pub checkpoint: CheckpointStage,
+    /// So much changed while no checkpoint could be registered that nothing more is taken: memory is bounded.
+    pub delta_full: bool,
     pub checkpoint_waiters: Vec<Done>,
     /// The last border: names below it belong to a checkpoint.
     pub cut: u64,
@@ -195,6 +197,7 @@ impl Writer {
             flush_waiters: Vec::new(),
             flush_round: None,
             checkpoint: CheckpointStage::Idle,
+            delta_full: false,
             checkpoint_waiters: Vec::new(),
             cut: 0,
             checkpoint_after: Moment(0),
@@ -275,6 +278,7 @@ impl Writer {
             + self.row_segments.values().filter(|rows| rows.frozen).count();
         self.in_flight.len() < self.shared.tuning.batches_in_flight
             && sealing < self.shared.tuning.seals_in_flight * 2
+            && !self.delta_full
             && self.closing.is_none()
     }
 
@@ -383,7 +387,10 @@ impl Writer {
         self.stalled = true;
         let sealing = self.segments.values().filter(|segment| segment.frozen).count()
             + self.row_segments.values().filter(|rows| rows.frozen).count();
-        let reason = format!("no write or flush was completed; {sealing} segments wait for their seals");
+        let mut reason = format!("no write or flush was completed; {sealing} segments wait for their seals");
+        if self.delta_full {
+            reason.push_str(", and changes fill memory until a checkpoint is registered");
+        }
         self.shared.set_health(Health::Waiting { since: self.progress, reason });
         self.time_out_requests();
     }
