@@ -48,7 +48,9 @@ fn compare(kernel: Kernel) -> Result<usize, String> {
                 let (ours, scalar) = (of(kernel), of(Kernel::Scalar));
                 let agree = matches!((&ours, &scalar), (Ok(ours), Ok(scalar)) if ours == scalar && ours.1.is_empty());
                 if !agree {
-                    return Err(format!("{k}+{m}, {len} bytes (length {number}), {lead} off: {kernel:?} differs from scalar"));
+                    return Err(format!(
+                        "{k}+{m}, {len} bytes (length {number}), {lead} off: {kernel:?} differs from scalar"
+                    ));
                 }
                 cases += 1;
             }

@@ -148,8 +148,7 @@ impl Executor {
     #[must_use]
     pub fn new(seed: u64, print: bool) -> Self {
         let state = State {
-            // Not zero: code that subtracts from the clock shall be seen to do so.
-            now: 1_000_000_000,
+            now: BEGINNING,
             tasks: BTreeMap::new(),
             next_task: 1,
             timers: BTreeMap::new(),
@@ -171,19 +170,15 @@ impl Executor {
     /// The world as one process sees it. Its random numbers are its own.
     #[must_use]
     pub fn env(&self, owner: Owner, boot_id: u128) -> Env {
-        let seed = self.state().dice.word();
-        Env::new(Arc::new(Process {
-            executor: self.clone(),
-            owner,
-            boot_id,
-            dice: Mutex::new(Dice::new(seed ^ owner.0)),
-        }))
+        let mut dice = Dice::new(self.state().dice.word() ^ owner.0);
+        let clock = if owner == WORLD { Clock::default() } else { Clock::draw(&mut dice) };
+        Env::new(Arc::new(Process { executor: self.clone(), owner, boot_id, clock, dice: Mutex::new(dice) }))
     }
 
     /// Simulated time since the start of the run.
     #[must_use]
     pub fn elapsed(&self) -> Duration {
-        Duration::from_nanos(self.state().now - 1_000_000_000)
+        Duration::from_nanos(self.state().now - BEGINNING)
     }
 
     /// Hash of everything that was decided and noted so far.
@@ -204,7 +199,7 @@ impl Executor {
         let now = state.now;
         let event = event();
         state.feed_text(&event);
-        let line = format!("{:>12.6} {event}", (now - 1_000_000_000) as f64 / 1e9);
+        let line = format!("{:>12.6} {event}", (now - BEGINNING) as f64 / 1e9);
         if state.print {
             eprintln!("{line}");
         }
@@ -388,21 +383,56 @@ impl State {
     }
 }
 
+/// A process's clocks: one that runs a little fast or slow, and one of the wall that is set wrong.
+#[derive(Clone, Copy, Default)]
+struct Clock {
+    /// Billionths of a second gained in a second.
+    gain: i64,
+    wall_offset_millis: u64,
+}
+
+/// Two clocks differ by less than the 2 % that a taker waits longer than the read window (P8).
+const GAIN_MAX: i64 = 9_900_000;
+/// Not zero: code that subtracts from the clock shall be seen to do so.
+const BEGINNING: u64 = 1_000_000_000;
+
+impl Clock {
+    fn draw(dice: &mut Dice) -> Self {
+        let gain = i64::try_from(dice.below(2 * GAIN_MAX as u64 + 1)).unwrap_or(GAIN_MAX) - GAIN_MAX;
+        Self { gain, wall_offset_millis: dice.skewed(4_000_000_000) }
+    }
+
+    fn local(self, world: u64) -> u64 {
+        scale(world, i128::from(self.gain) + 1_000_000_000, 1_000_000_000)
+    }
+
+    fn world(self, local: u64) -> u64 {
+        // Rounded up: who slept until then sees then.
+        scale(local, 1_000_000_000, i128::from(self.gain) + 1_000_000_000).saturating_add(u64::from(self.gain != 0))
+    }
+}
+
+fn scale(at: u64, by: i128, over: i128) -> u64 {
+    let since = i128::from(at.saturating_sub(BEGINNING));
+    u64::try_from(since * by / over).unwrap_or(u64::MAX).saturating_add(BEGINNING)
+}
+
 /// What one process sees of the world.
 struct Process {
     executor: Executor,
     owner: Owner,
     boot_id: u128,
+    clock: Clock,
     dice: Mutex<Dice>,
 }
 
 impl Runtime for Process {
     fn now(&self) -> Moment {
-        Moment(self.executor.state().now)
+        Moment(self.clock.local(self.executor.state().now))
     }
 
     fn wall_millis(&self) -> u64 {
-        1_700_000_000_000 + self.executor.state().now / 1_000_000
+        1_700_000_000_000 + self.clock.wall_offset_millis + self.executor.state().now / 1_000_000
     }
 
     fn random(&self) -> u64 {
@@ -418,7 +448,7 @@ impl Runtime for Process {
     }
 
     fn sleep_until(&self, at: Moment) -> BoxFuture<'static, ()> {
-        Box::pin(Sleep { executor: self.executor.clone(), at: at.0, timer: None })
+        Box::pin(Sleep { executor: self.executor.clone(), at: self.clock.world(at.0), timer: None })
     }
 
     fn blocking(

@@ -5,13 +5,15 @@
 //! of the pool's scheme. The same seed gives the same run, proved by the hash of its trace.
 //!
 //! Fault model now: a process ends at any await (of a gateway, a node, the metadata); a host loses power (unflushed sectors stay
-//! or not, each for itself; unsynced files keep a prefix); all hosts do at once; a call to a node is delayed, reordered, lost, done
+//! or not, each for itself; unsynced files keep a prefix) or its disk; all hosts lose power at once; a disk stalls, fails a request, rots,
+//! lies about a request or puts it elsewhere; clocks run fast and slow; a call to a node is delayed, reordered, lost, done
 //! without an answer, or done after it was given up; a second gateway takes the volume over while the first still runs. README.md
 //! says what is missing.
 //!
-//! Reading order: [`executor`], [`disk`], [`link`], [`world`], [`model`], [`workload`], [`planner`], [`run`].
+//! Reading order: [`executor`], [`disk`], [`link`], [`world`], [`model`], [`workload`], [`budget`], [`planner`], [`run`].
 #![forbid(unsafe_code)]
 
+pub mod budget;
 pub mod disk;
 pub mod executor;
 pub mod link;

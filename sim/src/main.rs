@@ -20,6 +20,7 @@ xsan-sim: a cluster in one thread from one seed
   --trace          tell its story
   --logs           with the logs of the code under test (filter: XSAN_LOG)
   --faults N       faults per seed (default 12)
+  --beyond         let more fail than the scheme tolerates, and demand nothing but honesty
   --keep-going     do not stop at the first failure
 ";
 
@@ -60,6 +61,7 @@ fn parse() -> Result<Arguments, String> {
             "--from" => arguments.from = number(words.next())?,
             "--seed" => arguments.seed = Some(number(words.next())?),
             "--faults" => arguments.options.faults = number(words.next())?,
+            "--beyond" => arguments.options.beyond = true,
             "--trace" => arguments.options.print = true,
             "--logs" => arguments.logs = true,
             "--keep-going" => arguments.keep_going = true,
@@ -67,6 +69,11 @@ fn parse() -> Result<Arguments, String> {
         }
     }
     Ok(arguments)
+}
+
+/// The fewest faults with which the seed still fails: one run is the beginning of another with more.
+fn least_faults(seed: u64, options: Options) -> u64 {
+    (0..options.faults).find(|&faults| simulate(seed, Options { faults, ..options }).is_err()).unwrap_or(options.faults)
 }
 
 fn main() -> ExitCode {
@@ -110,8 +117,9 @@ fn main() -> ExitCode {
             Err(failure) => {
                 failures += 1;
                 println!(
-                    "FAILED {failure}\n  again: xsan-sim --seed {seed:#x} --faults {} --trace",
-                    arguments.options.faults
+                    "FAILED {failure}\n  again: xsan-sim --seed {seed:#x} --faults {}{} --trace",
+                    least_faults(seed, arguments.options),
+                    if arguments.options.beyond { " --beyond" } else { "" }
                 );
                 if !arguments.keep_going {
                     break;

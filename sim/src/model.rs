@@ -26,11 +26,15 @@ struct Sector {
     versions: Vec<Version>,
     /// Writes (by their beginning) that a take-over found missing: they may not be acknowledged any more.
     lost: Vec<u64>,
+    /// Every content it ever had, if that is all that is asked.
+    ever: Vec<u64>,
 }
 
 /// What is known of a volume.
 pub struct Model {
     sectors: Vec<Sector>,
+    /// More fails than what was promised for: any content that a sector ever had will do, but nothing else.
+    honest_only: bool,
     clock: u64,
     /// Reads under way: versions they may still return are kept.
     reads: u64,
@@ -68,12 +72,13 @@ pub struct Broken {
 }
 
 impl Model {
-    /// A fresh volume: zeroes in `bytes`.
+    /// A fresh volume: zeroes in `bytes`. `honest_only`: what may be lost is not judged, only what is given.
     #[must_use]
-    pub fn new(bytes: u64) -> Self {
+    pub fn new(bytes: u64, honest_only: bool) -> Self {
         let zero = Version { stamp: 0, begun: 0, acknowledged: Some(1), durable: true };
-        let sector = Sector { versions: vec![zero], lost: Vec::new() };
-        Self { sectors: vec![sector; (bytes / SECTOR) as usize], clock: 1, reads: 0, power_lost: false, settled: 0 }
+        let sector = Sector { versions: vec![zero], lost: Vec::new(), ever: Vec::new() };
+        let sectors = vec![sector; (bytes / SECTOR) as usize];
+        Self { sectors, honest_only, clock: 1, reads: 0, power_lost: false, settled: 0 }
     }
 
     /// Bytes it knows of.
@@ -92,6 +97,10 @@ impl Model {
         let begun = self.tick();
         let stamp = if zeroes { 0 } else { begun };
         for sector in &mut self.sectors[range(offset, length)] {
+            if self.honest_only {
+                sector.ever.push(stamp);
+                continue;
+            }
             sector.versions.push(Version { stamp, begun, acknowledged: None, durable: false });
         }
         Ticket { stamp, offset, length, begun }
@@ -103,6 +112,9 @@ impl Model {
     /// A take-over has found before that it is not there.
     pub fn acknowledge(&mut self, ticket: Ticket, durable: bool) -> Result<(), Broken> {
         let now = self.tick();
+        if self.honest_only {
+            return Ok(());
+        }
         let reads = self.reads;
         for index in range(ticket.offset, ticket.length) {
             let sector = &mut self.sectors[index];
@@ -156,6 +168,9 @@ impl Model {
     /// A sector it must not return.
     pub fn read(&mut self, ticket: &ReadTicket, bytes: &[u8]) -> Result<(), Broken> {
         self.reads -= 1;
+        if self.honest_only {
+            return self.honest(ticket.offset, bytes);
+        }
         if ticket.began < self.settled {
             // Of the owner before: what it was then is forgotten.
             return Ok(());
@@ -180,6 +195,19 @@ impl Model {
         Ok(())
     }
 
+    fn honest(&self, offset: u64, bytes: &[u8]) -> Result<(), Broken> {
+        let first = (offset / SECTOR) as usize;
+        for (index, found) in bytes.chunks(SECTOR as usize).enumerate() {
+            let offset = (first + index) as u64 * SECTOR;
+            let stamp = stamp_of(offset, found);
+            if !stamp.is_some_and(|stamp| stamp == 0 || self.sectors[first + index].ever.contains(&stamp)) {
+                let what = format!("{stamp:?} ({:02x?} ...) was never written there", &found[..16]);
+                return Err(Broken { offset, what });
+            }
+        }
+        Ok(())
+    }
+
     /// All hosts lose power: until the next take-over only what is durable must be there.
     pub fn power_loss(&mut self) {
         self.power_lost = true;
@@ -191,6 +219,9 @@ impl Model {
     /// The first sector that holds what it must not.
     pub fn settle(&mut self, image: &[u8]) -> Result<(), Broken> {
         let now = self.tick();
+        if self.honest_only {
+            return self.honest(0, image);
+        }
         let power_lost = self.power_lost;
         for (index, found) in image.chunks(SECTOR as usize).enumerate() {
             let offset = index as u64 * SECTOR;
@@ -290,7 +321,7 @@ mod tests {
 
     #[test]
     fn acknowledged_writes_survive_processes_and_flushed_ones_survive_power() {
-        let mut model = Model::new(SECTOR);
+        let mut model = Model::new(SECTOR, false);
         let first = written(&mut model);
         let began = model.flushing();
         model.flushed(began);
@@ -305,7 +336,7 @@ mod tests {
 
     #[test]
     fn what_was_under_way_is_there_or_not_but_not_acknowledged_later() {
-        let mut model = Model::new(SECTOR);
+        let mut model = Model::new(SECTOR, false);
         let first = written(&mut model);
         let second = model.begin(0, SECTOR, false);
         model.settle(&content(0, SECTOR, first.stamp)).expect("the second may be missing");
@@ -314,7 +345,7 @@ mod tests {
 
     #[test]
     fn reads_are_never_stale_and_never_go_back() {
-        let mut model = Model::new(SECTOR);
+        let mut model = Model::new(SECTOR, false);
         let first = written(&mut model);
         let second = model.begin(0, SECTOR, false);
         let ticket = model.reading(0);
@@ -324,8 +355,21 @@ mod tests {
     }
 
     #[test]
+    fn beyond_what_is_promised_only_what_was_never_written_is_wrong() {
+        let mut model = Model::new(2 * SECTOR, true);
+        let (first, _second) = (written(&mut model), written(&mut model));
+        let image = [content(0, SECTOR, first.stamp), vec![0; 512]].concat();
+        model.settle(&image).expect("an old value");
+        model.settle(&[0; 1024]).expect("nothing");
+        let elsewhere = [vec![0; 512], content(SECTOR, SECTOR, first.stamp)].concat();
+        assert!(model.settle(&elsewhere).is_err(), "it was written to the first sector");
+        let misplaced = [vec![0; 512], content(0, SECTOR, first.stamp)].concat();
+        assert!(model.settle(&misplaced).is_err());
+    }
+
+    #[test]
     fn torn_sectors_are_garbage() {
-        let mut model = Model::new(SECTOR);
+        let mut model = Model::new(SECTOR, false);
         let first = written(&mut model);
         let mut torn = content(0, SECTOR, first.stamp);
         torn[511] ^= 1;

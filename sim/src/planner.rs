@@ -1,33 +1,32 @@
-//! What goes wrong, and when. The budget: at most m hosts are down or damaged at once, where a host stays damaged after its return
-//! until the volume has all its redundancy again; all hosts together may crash or lose power at any time.
+//! What goes wrong, and when, within the budget ([`crate::budget`]); all hosts together may crash or lose power at any time.
 
+use crate::budget::Budget;
 use crate::executor::Dice;
 use crate::workload;
 use crate::world::{Gateway, Host, Tally, World, read_bytes};
 use lsm_block::Volume;
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// Time after which a volume must be whole again when nothing goes wrong any more.
 const HEAL_MAX: Duration = Duration::from_secs(120);
+/// What the last check reads at once.
+const PIECE_BYTES: u64 = 256 << 10;
 
 /// Plans and commits faults.
 pub struct Planner {
     world: Arc<World>,
     dice: Dice,
-    /// Hosts whose loss would count on top of another's.
-    damaged: BTreeSet<u64>,
-    /// Of them the one whose data rotted: only reads mend it, so it stays damaged.
-    rotten: Option<u64>,
+    budget: Budget,
 }
 
 impl Planner {
     /// A planner of the faults of `world`.
     #[must_use]
     pub fn new(world: &Arc<World>, dice: Dice) -> Self {
-        Self { world: Arc::clone(world), dice, damaged: BTreeSet::new(), rotten: None }
+        let budget = Budget::new(world.shape.scheme.tolerates(), world.beyond);
+        Self { world: Arc::clone(world), dice, budget }
     }
 
     /// Faults, one after the other.
@@ -46,17 +45,35 @@ impl Planner {
     }
 
     async fn fault(&mut self) {
+        if self.world.beyond && self.dice.chance(400) {
+            return self.disaster().await;
+        }
         match self.dice.below(100) {
             0..=19 => self.crash_gateway().await,
             20..=27 => self.second_gateway().await,
             28..=33 => self.hand_over().await,
-            34..=59 => self.lose_node().await,
-            60..=69 => self.heal().await,
-            70..=77 => self.restart_everything(false).await,
-            78..=87 => self.restart_everything(true).await,
-            88..=92 => self.restart_meta().await,
+            34..=53 => self.lose_node().await,
+            54..=63 => self.heal().await,
+            64..=69 => self.restart_everything(false).await,
+            70..=78 => self.restart_everything(true).await,
+            79..=82 => self.restart_meta().await,
+            83..=88 => self.stall_disk(),
+            89..=91 => self.fail_disk(),
+            92 => self.replace_disk().await,
             93..=95 => self.rot(),
             _ => self.change_weather(),
+        }
+    }
+
+    /// The same happens to several disks at once.
+    async fn disaster(&mut self) {
+        let kind = self.dice.below(4);
+        for _ in 0..self.dice.between(1, 4) {
+            match kind {
+                0 => self.fail_disk(),
+                1 => self.replace_disk().await,
+                _ => self.rot(),
+            }
         }
     }
 
@@ -127,27 +144,31 @@ impl Planner {
         self.new_gateway();
     }
 
+    fn draw_host(&mut self) -> usize {
+        self.dice.below(self.world.hosts.len() as u64) as usize
+    }
+
     /// A node crashes or its host loses power, within the budget; it comes back by itself or when it is healed.
     async fn lose_node(&mut self) {
-        let host = self.dice.below(self.world.hosts.len() as u64) as usize;
+        let host = self.draw_host();
         let number = self.world.hosts[host].number;
-        let tolerated = self.world.shape.scheme.tolerates();
-        if self.damaged.len() >= tolerated && !self.damaged.contains(&number) {
-            return;
+        let power = self.dice.chance(400) && self.budget.may_damage(number);
+        if power {
+            self.budget.damaged(number);
+        } else {
+            self.budget.leaves(number);
         }
-        self.damaged.insert(number);
-        let power = self.dice.chance(400);
         self.world.executor.note(|| format!("fault: n{number} {}", if power { "loses power" } else { "crashes" }));
         self.world.stop_node(&self.world.hosts[host], power);
         let noticed = Duration::from_micros(self.dice.skewed(800_000));
         let back = self.dice.chance(600).then(|| Duration::from_micros(self.dice.skewed(1_500_000)));
-        let world = Arc::clone(&self.world);
+        let (world, rotten) = (Arc::clone(&self.world), self.budget.is_rotten(number));
         drop(self.world.env.spawn("fate of a node", async move {
             let host: &Host = &world.hosts[host];
             if let Some(back) = back.filter(|back| *back < noticed) {
                 // Back before anybody noticed.
                 world.env.sleep(back).await;
-                return world.start_node(host).await;
+                return world.start_node(host, rotten).await;
             }
             world.env.sleep(noticed).await;
             if !world.is_up(host) {
@@ -155,18 +176,71 @@ impl Planner {
             }
             if let Some(back) = back {
                 world.env.sleep(back).await;
-                world.start_node(host).await;
+                world.start_node(host, rotten).await;
             }
         }));
     }
 
-    fn rot(&mut self) {
-        let host = self.dice.below(self.world.hosts.len() as u64) as usize;
+    /// A disk does not answer for a while. Nothing is lost.
+    fn stall_disk(&mut self) {
+        let host = self.draw_host();
+        self.world.stall_disk(&self.world.hosts[host]);
+        let over = Duration::from_micros(self.dice.skewed(6_000_000));
+        let world = Arc::clone(&self.world);
+        drop(self.world.env.spawn("end of a stall", async move {
+            world.env.sleep(over).await;
+            world.mend_disk(&world.hosts[host]);
+        }));
+    }
+
+    /// A request to a disk fails; after a while somebody starts the node again.
+    fn fail_disk(&mut self) {
+        let host = self.draw_host();
         let number = self.world.hosts[host].number;
-        let has_room = self.damaged.len() < self.world.shape.scheme.tolerates() || self.damaged.contains(&number);
-        if self.rotten.is_none_or(|rotten| rotten == number) && has_room {
-            self.rotten = Some(number);
-            self.damaged.insert(number);
+        // A flush that failed leaves a disk behind that does not keep what it says later.
+        if !self.budget.may_rot(number) {
+            return;
+        }
+        if self.world.fail_disk(&self.world.hosts[host]) {
+            self.budget.rotten(number);
+        } else {
+            self.budget.damaged(number);
+        }
+        let restarted = Duration::from_micros(self.dice.skewed(4_000_000));
+        let (world, rotten) = (Arc::clone(&self.world), self.budget.is_rotten(number));
+        drop(self.world.env.spawn("a failed disk", async move {
+            let host: &Host = &world.hosts[host];
+            world.env.sleep(restarted).await;
+            world.mend_disk(host);
+            world.stop_node(host, false);
+            world.start_node(host, rotten).await;
+        }));
+    }
+
+    /// A host loses its disk and returns with an empty one.
+    async fn replace_disk(&mut self) {
+        let host = self.draw_host();
+        let number = self.world.hosts[host].number;
+        if !self.budget.may_damage(number) {
+            return;
+        }
+        self.budget.damaged(number);
+        let host = &self.world.hosts[host];
+        self.world.stop_node(host, true);
+        self.world.replace_disk(host).await;
+        self.world.start_node(host, self.budget.is_rotten(number)).await;
+    }
+
+    fn rot(&mut self) {
+        let host = self.draw_host();
+        let number = self.world.hosts[host].number;
+        if !self.budget.may_rot(number) {
+            return;
+        }
+        self.budget.rotten(number);
+        if self.dice.chance(400) {
+            self.world.lie_disk(&self.world.hosts[host]);
+        } else {
             self.world.rot(&self.world.hosts[host]);
         }
     }
@@ -200,10 +274,10 @@ impl Planner {
             }
             let host = hosts.swap_remove(self.dice.below(hosts.len() as u64) as usize);
             let host = &self.world.hosts[host];
-            if self.damaged.contains(&host.number) && self.dice.chance(300) {
+            if self.budget.is_touched(host.number) && self.dice.chance(300) {
                 continue;
             }
-            self.world.start_node(host).await;
+            self.world.start_node(host, self.budget.is_rotten(host.number)).await;
             let pause = Duration::from_micros(self.dice.skewed(100_000));
             self.world.env.sleep(pause).await;
         }
@@ -225,16 +299,21 @@ impl Planner {
         self.world.executor.note(|| format!("weather: {weather:?}"));
     }
 
+    async fn start_nodes(&self) {
+        for host in &self.world.hosts {
+            self.world.mend_disk(host);
+            self.world.start_node(host, self.budget.is_rotten(host.number)).await;
+        }
+    }
+
     /// All hosts come back, and the volume gets all its redundancy back, or does not in time.
     async fn heal(&mut self) {
-        for host in &self.world.hosts {
-            self.world.start_node(host).await;
-        }
+        self.start_nodes().await;
         let patience = Duration::from_micros(self.dice.skewed(8_000_000));
         let world = Arc::clone(&self.world);
         if world.env.timeout(patience, self.whole()).await.is_some() {
             self.note("all is whole again");
-            self.damaged = self.rotten.into_iter().collect();
+            self.budget.healed();
         }
     }
 
@@ -279,10 +358,8 @@ impl Planner {
         self.world.weather.calm();
         self.world.start_meta().await;
         self.mourn();
-        for host in &self.world.hosts {
-            self.world.start_node(host).await;
-        }
-        if !self.becomes_whole("after the faults").await {
+        self.start_nodes().await;
+        if !self.becomes_whole("after the faults").await && !self.world.beyond {
             return;
         }
         self.world.quiet.store(true, Ordering::Relaxed);
@@ -290,10 +367,8 @@ impl Planner {
         // Once more from the disks.
         let power = self.dice.chance(700);
         self.restart_everything(power).await;
-        for host in &self.world.hosts {
-            self.world.start_node(host).await;
-        }
-        if !self.becomes_whole("after the last restart").await {
+        self.start_nodes().await;
+        if !self.becomes_whole("after the last restart").await && !self.world.beyond {
             return;
         }
         self.check_all().await;
@@ -314,24 +389,31 @@ impl Planner {
             .map(|(name, shards)| format!("{shards} of {name}"))
             .collect();
         let held = held.len();
-        world.executor.fail(format!(
+        world.missing(format!(
             "{when} not whole within {HEAL_MAX:?}: {held} segments held, shards missing: {missing:?}, {status:?}"
         ));
         false
     }
 
+    /// Reads everything, piece by piece: one that cannot be had hides no other one.
     async fn check_all(&mut self) {
         let gateway: Option<Arc<Gateway>> = self.world.newest_gateway();
         let Some(volume) = gateway.and_then(|gateway| gateway.volume()) else { return };
         let bytes = self.world.model().bytes();
-        let ticket = self.world.model().reading(0);
-        let read = read_bytes(&volume, 0, bytes).await;
-        let judged = match read {
-            Ok(image) => self.world.model().read(&ticket, &image).map_err(|broken| broken.to_string()),
-            Err(error) => Err(format!("the last read fails: {error}")),
-        };
-        if let Err(what) = judged {
-            self.world.executor.fail(what);
+        for offset in (0..bytes).step_by(PIECE_BYTES as usize) {
+            let ticket = self.world.model().reading(offset);
+            match read_bytes(&volume, offset, PIECE_BYTES.min(bytes - offset)).await {
+                Ok(image) => {
+                    let judged = self.world.model().read(&ticket, &image);
+                    if let Err(broken) = judged {
+                        self.world.executor.fail(broken.to_string());
+                    }
+                }
+                Err(error) => {
+                    self.world.model().not_read(&ticket);
+                    self.world.missing(format!("the last read at {offset} fails: {error}"));
+                }
+            }
         }
     }
 }

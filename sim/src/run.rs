@@ -15,13 +15,15 @@ pub struct Options {
     pub faults: u64,
     /// A rule that is broken on purpose.
     pub canary: Canary,
+    /// Let more fail than the scheme tolerates, and demand nothing but honesty.
+    pub beyond: bool,
     /// Tell the story on standard error as it happens.
     pub print: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { faults: 12, canary: Canary::Off, print: false }
+        Self { faults: 12, canary: Canary::Off, beyond: false, print: false }
     }
 }
 
@@ -94,7 +96,7 @@ pub fn simulate(seed: u64, options: Options) -> Result<Report, Box<Failure>> {
 
 async fn main(executor: Executor, seed: u64, options: Options) -> Report {
     let mut dice = Dice::new(seed);
-    let world = World::build(&executor, &mut dice, options.canary).await;
+    let world = World::build(&executor, &mut dice, options.canary, options.beyond).await;
     let mut planner = Planner::new(&world, Dice::new(dice.word()));
     planner.run(options.faults).await;
     planner.finish().await;

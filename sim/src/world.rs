@@ -153,6 +153,8 @@ pub struct World {
     pub weather: Arc<Weather>,
     /// What happened.
     pub tally: Tally,
+    /// More fails than the scheme tolerates: not to have something is no broken promise, to give what is wrong is.
+    pub beyond: bool,
     /// Guests end after the request they are at.
     pub quiet: AtomicBool,
     /// The hosts with storage.
@@ -192,7 +194,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl World {
     /// A fresh cluster: disks formatted, metadata made, nothing running but the nodes and the metadata.
-    pub async fn build(executor: &Executor, dice: &mut Dice, canary: Canary) -> Arc<Self> {
+    pub async fn build(executor: &Executor, dice: &mut Dice, canary: Canary, beyond: bool) -> Arc<Self> {
         let shape = Shape::draw(dice);
         executor.note(|| format!("{shape:?}"));
         let env = executor.env(WORLD, 1);
@@ -220,7 +222,8 @@ impl World {
             meta: Arc::new(MetaLink::new(way(dice, "to meta"), seen)),
             env,
             shape,
-            model: Mutex::new(Model::new(VOLUME_BYTES)),
+            model: Mutex::new(Model::new(VOLUME_BYTES, beyond)),
+            beyond,
             weather,
             tally: Tally::default(),
             quiet: AtomicBool::new(false),
@@ -235,7 +238,7 @@ impl World {
         });
         world.start_meta().await;
         for host in &world.hosts {
-            world.start_node(host).await;
+            world.start_node(host, false).await;
         }
         world
     }
@@ -243,6 +246,16 @@ impl World {
     /// The model, for a moment.
     pub fn model(&self) -> MutexGuard<'_, Model> {
         lock(&self.model)
+    }
+
+    /// Something cannot be had. That breaks a promise, unless more failed than the scheme tolerates.
+    pub fn missing(&self, what: impl Into<String>) {
+        if self.beyond {
+            let what = what.into();
+            self.executor.note(|| format!("lost: {what}"));
+        } else {
+            self.executor.fail(what);
+        }
     }
 
     fn new_owner(&self) -> Owner {
@@ -286,12 +299,27 @@ impl World {
 
     // --- Nodes ---
 
-    /// Starts a host's node, if it does not run, and tells the map.
-    pub async fn start_node(&self, host: &Host) {
+    /// Starts a host's node, if it does not run, and tells the map. A disk that does not keep what it says (`rotten`) is replaced if it
+    /// does not open.
+    pub async fn start_node(&self, host: &Host, rotten: bool) {
+        match self.try_start_node(host).await {
+            Err(error) if rotten => {
+                self.executor.note(|| error);
+                self.replace_disk(host).await;
+                if let Err(error) = self.try_start_node(host).await {
+                    self.executor.fail(format!("with an empty disk {error}"));
+                }
+            }
+            Err(error) => self.executor.fail(error),
+            Ok(()) => {}
+        }
+    }
+
+    async fn try_start_node(&self, host: &Host) -> Result<(), String> {
         let boot_id = {
             let state = lock(&host.state);
             if state.process.is_some() {
-                return;
+                return Ok(());
             }
             state.boot_id
         };
@@ -302,15 +330,28 @@ impl World {
         let opened = Node::open(&env, config, vec![host.storage.open()]).await;
         if lock(&host.state).process != Some(owner) {
             // Ended again while it opened.
-            return;
+            return Ok(());
         }
         match opened {
             Ok(node) => host.link.start(env, node as Arc<dyn NodeApi>),
-            Err(error) => return self.executor.fail(format!("n{} does not open: {error}", host.number)),
+            Err(error) => {
+                lock(&host.state).process = None;
+                self.executor.kill(owner);
+                return Err(format!("n{} does not open: {error}", host.number));
+            }
         }
         self.executor.note(|| format!("n{} runs", host.number));
         self.believe(host, true).await;
         self.tell_registers(host).await;
+        Ok(())
+    }
+
+    /// An empty disk takes the place of a host's, whose node does not run.
+    pub async fn replace_disk(&self, host: &Host) {
+        self.executor.note(|| format!("n{} gets an empty disk", host.number));
+        host.storage.replace();
+        let identity = DeviceIdentity { cluster: CLUSTER, node: host.id, device: host.device };
+        Node::format(&self.env, &host.storage.open_disk(), identity).await.expect("a fresh disk");
     }
 
     /// Ends a host's node; with `power` the host loses power. The map learns of it by [`World::believe`].
@@ -327,6 +368,29 @@ impl World {
         } else {
             host.storage.crash_process();
         }
+    }
+
+    /// A host's disk stalls until [`World::mend_disk`].
+    pub fn stall_disk(&self, host: &Host) {
+        let requests = host.storage.stall(&mut lock(&self.dice));
+        self.executor.note(|| format!("fault: {requests} requests to the disk of n{} stall", host.number));
+    }
+
+    /// A host's disk answers again.
+    pub fn mend_disk(&self, host: &Host) {
+        host.storage.mend();
+    }
+
+    /// A request to a host's disk will fail. `true`: the disk may lose what it said was stable.
+    pub fn fail_disk(&self, host: &Host) -> bool {
+        self.executor.note(|| format!("fault: a request to the disk of n{} will fail", host.number));
+        host.storage.fail_once(&mut lock(&self.dice))
+    }
+
+    /// A host's disk lies about a request.
+    pub fn lie_disk(&self, host: &Host) {
+        self.executor.note(|| format!("fault: the disk of n{} will lie", host.number));
+        host.storage.lie_once(&mut lock(&self.dice));
     }
 
     /// The data of a host rots.
@@ -467,7 +531,7 @@ impl World {
                     let may_wait =
                         matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Fenced | ErrorKind::Closed);
                     if alone && !may_wait {
-                        self.executor.fail(format!("the volume does not open: {error}"));
+                        self.missing(format!("the volume does not open: {error}"));
                         return None;
                     }
                 }

@@ -3,7 +3,7 @@
 use xsan_sim::link::Canary;
 use xsan_sim::{Options, simulate};
 
-const SMALL: Options = Options { faults: 4, canary: Canary::Off, print: false };
+const SMALL: Options = Options { faults: 4, canary: Canary::Off, beyond: false, print: false };
 
 #[test]
 fn the_same_seed_twice_gives_the_same_trace() {
@@ -29,9 +29,18 @@ fn fresh_seeds_hold() {
     }
 }
 
+#[test]
+fn beyond_what_is_tolerated_nothing_wrong_is_given() {
+    for seed in 200..208 {
+        if let Err(failure) = simulate(seed, Options { beyond: true, ..SMALL }) {
+            panic!("{failure}\nagain: cargo run --release -p xsan-sim -- --seed {seed:#x} --faults 4 --beyond --trace");
+        }
+    }
+}
+
 /// How many seeds it takes to see a broken rule, by what the guests are given and not by something that hangs.
 fn found_within(canary: Canary, seeds: u64) -> Option<u64> {
-    let found = |&seed: &u64| match simulate(seed, Options { faults: 8, canary, print: false }) {
+    let found = |&seed: &u64| match simulate(seed, Options { faults: 8, canary, ..SMALL }) {
         Ok(_) => false,
         // As the model says it: other failures (a take-over that hangs) do not count.
         Err(failure) => failure.what.contains("sector at "),

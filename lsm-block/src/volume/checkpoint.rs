@@ -98,8 +98,7 @@ impl Writer {
         self.delta_full = delta_bytes > tuning.delta_bytes_max * DELTA_TIMES_MAX;
         if self.checkpoint.is_idle()
             && self.checkpoint_may_begin()
-            && (delta_bytes > tuning.delta_bytes_max
-                || self.bytes_since_checkpoint() > tuning.checkpoint_bytes)
+            && (delta_bytes > tuning.delta_bytes_max || self.bytes_since_checkpoint() > tuning.checkpoint_bytes)
         {
             self.begin_checkpoint();
         }

@@ -11,8 +11,8 @@ use crate::store::{Check, Holes, SegmentRead};
 use futures::future::{join_all, try_join_all};
 use replay::{Replayed, Source};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use xsan_env::{Buf, Moment};
 use xsan_types::{

@@ -2,9 +2,9 @@
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use xsan_tests::cluster::connect;
 use xsan_tests::ledger::content;
 use xsan_tests::load::{Shared, read_all_back, write_some};
-use xsan_tests::cluster::connect;
 use xsan_tests::{Cluster, Ledger, Random, eventually, within};
 
 const VOLUME_BYTES: u64 = 64 << 20;
