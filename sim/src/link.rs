@@ -6,6 +6,7 @@
 //! other. A caller without an answer is told `Unavailable` after a while, as by a connection that times out.
 
 use crate::executor::{Dice, Executor};
+use futures::FutureExt;
 use raft_meta::{Command, Consensus, MetaError, MetaState, Outcome};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -32,6 +33,10 @@ pub enum Canary {
     AppendLies,
     /// A member confirms reads though it is closed.
     ConfirmLies,
+    /// A member that is closed answers appends as if it took them.
+    ClosedTakes,
+    /// All members show zeroes in the place of some records.
+    ReplicaLies,
 }
 
 /// How calls fare, in thousandths; changed by the planner while the run goes on.
@@ -243,7 +248,13 @@ impl NodeApi for NodeLink {
         if self.canary == Canary::AppendLies && mix(segment.number ^ offset.rotate_left(32)).is_multiple_of(20) {
             return Box::pin(std::future::ready(Ok(offset + data.len() as u64)));
         }
-        self.call("append", move |node| node.append(member, segment, offset, data))
+        let end = offset + data.len() as u64;
+        let lies = self.canary == Canary::ClosedTakes;
+        let answer = self.call("append", move |node| node.append(member, segment, offset, data));
+        Box::pin(answer.map(move |answer| match answer {
+            Err(NodeError::Closed) if lies => Ok(end),
+            answer => answer,
+        }))
     }
     fn flush(&self, request: FlushRequest) -> NodeResult<()> {
         if self.canary == Canary::FlushLies {
@@ -269,6 +280,9 @@ impl NodeApi for NodeLink {
         offset: u64,
         length: u32,
     ) -> NodeResult<Buf> {
+        if self.canary == Canary::ReplicaLies && mix(segment.number ^ offset.rotate_left(32)).is_multiple_of(4) {
+            return Box::pin(std::future::ready(Ok(Buf::copied(&vec![0; length as usize]))));
+        }
         self.call("read_replica", move |node| node.read_replica(device, volume, set, segment, offset, length))
     }
     fn sealed(&self, member: MemberRef, segment: SealedSegment) -> NodeResult<()> {

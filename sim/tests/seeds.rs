@@ -62,3 +62,13 @@ fn an_append_that_does_nothing_is_found() {
 fn a_closed_member_that_confirms_reads_is_found() {
     assert!(found_within(Canary::ConfirmLies, 40).is_some(), "no seed saw a stale read of the old owner");
 }
+
+#[test]
+fn an_append_to_a_closed_member_is_found() {
+    assert!(found_within(Canary::ClosedTakes, 40).is_some(), "no seed saw what the old owner acknowledged go");
+}
+
+#[test]
+fn records_that_recovery_drops_are_found() {
+    assert!(found_within(Canary::ReplicaLies, 12).is_some(), "no seed missed the records");
+}
