@@ -521,6 +521,7 @@ fn memory_of_changes_is_bounded_while_no_checkpoint_can_be_registered() {
             }
         };
         tokio::select! {
+            biased;
             ended = &mut writing => panic!("the writes do not wait: {ended:?}, {:?}", volume.status()),
             waits = env.timeout(Duration::from_secs(15), told) => assert!(waits.is_some(), "{:?}", volume.status()),
         }

@@ -10,6 +10,9 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use xsan_sim::{Options, simulate};
 
+/// A long hunt says how far it is.
+const TELL_EVERY: Duration = Duration::from_secs(60);
+
 const HELP: &str = "\
 xsan-sim: a cluster in one thread from one seed
 
@@ -77,6 +80,10 @@ fn least_faults(seed: u64, options: Options) -> u64 {
 }
 
 fn main() -> ExitCode {
+    if std::env::args().any(|word| word == "--help" || word == "-h") {
+        print!("{HELP}");
+        return ExitCode::SUCCESS;
+    }
     let arguments = match parse() {
         Ok(arguments) => arguments,
         Err(message) => {
@@ -94,6 +101,7 @@ fn main() -> ExitCode {
         std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
     }
     let began = Instant::now();
+    let mut told = began;
     let (mut runs, mut failures, mut writes, mut errors) = (0_u64, 0_u64, 0_u64, 0_u64);
     let (first, count) = arguments.seed.map_or((arguments.from, arguments.seeds), |seed| (seed, 1));
     let limit = arguments.seconds.map(Duration::from_secs);
@@ -104,6 +112,11 @@ fn main() -> ExitCode {
         };
         if over {
             break;
+        }
+        if told.elapsed() >= TELL_EVERY {
+            told = Instant::now();
+            let rate = runs as f64 * 3600.0 / began.elapsed().as_secs_f64();
+            eprintln!("{runs} seeds, {failures} failed, {writes} writes, {rate:.0} seeds an hour; next {seed:#x}");
         }
         runs += 1;
         match simulate(seed, arguments.options) {

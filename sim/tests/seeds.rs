@@ -24,16 +24,31 @@ fn the_same_seed_twice_gives_the_same_trace() {
 fn fresh_seeds_hold() {
     for seed in 100..108 {
         if let Err(failure) = simulate(seed, SMALL) {
-            panic!("{failure}\nagain: cargo run --release -p xsan-sim -- --seed {seed:#x} --faults 4 --trace");
+            panic!("{failure}\nagain: cargo xtask sim --seed {seed:#x} --faults 4 --trace");
         }
     }
+}
+
+#[test]
+fn seeds_that_once_failed_hold() {
+    let mut count = 0;
+    for line in include_str!("../seeds/found.txt").lines().filter(|line| !line.starts_with('#')) {
+        let (seed, faults) = line.split_once(' ').expect("a seed and its faults");
+        let seed = u64::from_str_radix(seed.trim_start_matches("0x"), 16).expect("a seed");
+        let faults = faults.parse().expect("a number of faults");
+        if let Err(failure) = simulate(seed, Options { faults, ..SMALL }) {
+            panic!("{failure}\nagain: cargo xtask sim --seed {seed:#x} --faults {faults} --trace");
+        }
+        count += 1;
+    }
+    assert!(count > 10, "the seeds were not read");
 }
 
 #[test]
 fn beyond_what_is_tolerated_nothing_wrong_is_given() {
     for seed in 200..208 {
         if let Err(failure) = simulate(seed, Options { beyond: true, ..SMALL }) {
-            panic!("{failure}\nagain: cargo run --release -p xsan-sim -- --seed {seed:#x} --faults 4 --beyond --trace");
+            panic!("{failure}\nagain: cargo xtask sim --seed {seed:#x} --faults 4 --beyond --trace");
         }
     }
 }

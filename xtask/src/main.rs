@@ -1,4 +1,4 @@
-//! The project's own chores: `cargo xtask verify | tidy | fix`.
+//! The project's own chores: `cargo xtask verify | tidy | fix | sim`.
 //!
 //! One entry point, the same on a desk and in CI. `verify` and `tidy` never write to the tree; `fix` does.
 #![forbid(unsafe_code)]
@@ -13,6 +13,7 @@ mod graph;
 mod rules;
 mod scrub;
 mod sha256;
+mod sim;
 mod tidy;
 mod tree;
 mod verify;
@@ -26,6 +27,7 @@ usage: cargo xtask COMMAND
                     licences and advisories, tests. Never writes to the tree. --fast leaves out documentation,
                     licences and documentation tests.
   tidy              only the rules of the tree: crate graph, format documents, sizes, banned words and calls.
+  sim [OPTIONS]     hunts for seeds that break a promise, or tells the story of one (`sim --help`; also --hours H).
   fix               what can be repaired without thought: formatting and the hashes in format documents.
 ";
 
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
         ["verify", "--fast"] => verify::verify(true),
         ["tidy"] => tidy::tidy(),
         ["fix"] => verify::fix(),
+        ["sim", rest @ ..] => tree::root().and_then(|root| sim::sim(&root, rest)),
         ["help" | "--help" | "-h"] => {
             print!("{HELP}");
             Ok(())

@@ -147,6 +147,7 @@ impl VolumeManager {
         };
         let began = self.0.env.now();
         let volume = tokio::select! {
+            biased;
             // A take-over may end anywhere: the next owner begins again.
             _ = closing.wait_for(|&closing| closing) => return Err(ClusterError::Closing),
             opened = Volume::open(config) => opened?,
