@@ -1,0 +1,7 @@
+//! Promises of the replicated log: lives of whole groups from seeds, stored formats, messages, the choice of voters, the shell.
+
+mod disk;
+mod executor;
+mod life;
+mod lives;
+mod world;
