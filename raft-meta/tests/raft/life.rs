@@ -203,6 +203,8 @@ impl Life {
 
     async fn nemesis(&self) {
         let nodes = usize::try_from(self.world.setup.nodes).unwrap();
+        let always = self.world.setup.sabotage == Sabotage::StateNotFlushed;
+        self.world.state().contested = always || self.world.setup.seed % 3 == 0;
         for _ in 0..40 {
             let pause = 50 + self.world.roll(700);
             self.world.sleep_millis(pause).await;
@@ -307,6 +309,7 @@ impl Life {
         {
             let mut state = self.world.state();
             state.blocked.clear();
+            state.contested = false;
             (state.loss, state.repeats, state.late) = (0, 0, 0);
         }
         self.world.sleep_millis(3000).await;

@@ -68,6 +68,9 @@ pub struct State {
     states: BTreeMap<u64, (u64, u32)>,
     broken: Option<String>,
     pub quiet: bool,
+    /// Elections are slow and repeat themselves, and voters lose power right after they voted: a vote that was not flushed is
+    /// given twice.
+    pub contested: bool,
 }
 
 #[derive(Clone)]
@@ -135,6 +138,7 @@ impl World {
             states: BTreeMap::new(),
             broken: None,
             quiet: false,
+            contested: false,
         };
         let env = executor.env(0);
         Self { executor, env, setup, state: Arc::new(Mutex::new(state)) }
@@ -306,13 +310,23 @@ impl RaftTransport for Wire {
         let mut state = world.state();
         let Some(&target) = state.routes.get(&to) else { return };
         let (loss, repeats) = (state.loss, state.repeats);
-        let copies = u64::from(!state.dice.chance(loss)) + u64::from(state.dice.chance(repeats));
+        let mut copies = u64::from(!state.dice.chance(loss)) + u64::from(state.dice.chance(repeats));
+        let asks = |kinds: &[Kind]| matches!(&message.body, Body::Agreement(body) if kinds.contains(&body.kind));
+        let slow = state.contested && asks(&[Kind::RequestVote, Kind::RequestPreVote, Kind::RequestPreVoteResponse]);
+        copies += u64::from(slow && copies > 0);
+        if state.contested && asks(&[Kind::RequestVoteResponse]) && state.dice.chance(400) {
+            self.power_off_soon();
+        }
         if state.blocked.contains(&(self.at, target)) {
             return;
         }
         for _ in 0..copies {
             let late = state.late;
-            let micros = if state.dice.chance(late) { state.dice.below(2_000_000) } else { 100 + state.dice.below(3000) };
+            let micros = match state.dice.chance(late) {
+                true => state.dice.below(2_000_000),
+                false if slow => state.dice.below(400_000),
+                false => 100 + state.dice.below(3000),
+            };
             let (world, from, at, bytes) = (world.clone(), message.from, self.at, bytes.clone());
             self.world.spawn(async move {
                 world.env.sleep(Duration::from_micros(micros)).await;
@@ -329,6 +343,15 @@ impl RaftTransport for Wire {
 }
 
 impl Wire {
+    fn power_off_soon(&self) {
+        let (world, at) = (self.world.clone(), self.at);
+        self.world.spawn(async move {
+            world.crash(at, true);
+            world.sleep_millis(1).await;
+            world.start(at, Start::Open).await;
+        });
+    }
+
     /// Answers entries in the follower's name, and lets the follower have every other message only.
     fn forge(&self, message: &Message) -> bool {
         let Body::Agreement(append) = &message.body else { return false };
