@@ -160,6 +160,8 @@ pub struct Core {
     pub(super) reads: Reads,
     /// Whom requests were sent to.
     pub(super) lead: Lead,
+    /// The newest proposals of others that this leader put into its log in this term: start and sequence.
+    pub(super) proposed: BTreeMap<ReplicaId, (u64, u64)>,
     /// What the owner is writing, and the messages that wait for it.
     pub(super) writing: Option<(Ready, Vec<RaftMessage>)>,
     pub(super) outbox: Vec<(ReplicaId, Vec<u8>)>,
@@ -232,6 +234,7 @@ impl Core {
             proposals: Proposals::default(),
             reads: Reads::default(),
             lead: (0, 0),
+            proposed: BTreeMap::new(),
             writing: None,
             outbox: Vec::new(),
             answers: Vec::new(),
@@ -497,11 +500,17 @@ impl Core {
 
     /// Proposals of a follower, in order of their sequence. Only a leader takes them; else they come again.
     fn deliver_proposals(&mut self, from: ReplicaId, entries: Vec<LogEntry>) {
-        if !self.is_leader() {
+        // A replica that was removed would be skipped when its entries are applied.
+        if !self.is_leader() || !self.machine.members.contains_key(&from) {
             return;
         }
         for entry in entries {
             let Payload::Command { origin, envelope } = entry.payload else { continue };
+            let newest = self.proposed.get(&from).copied();
+            if newest >= Some((origin.start, origin.sequence)) {
+                // In the log of this term already, or overtaken there: it would be skipped as well.
+                continue;
+            }
             // What cannot be applied must not get into the log: it would stop every replica.
             let readable = crate::format::decode_command(&envelope, 0).is_ok();
             if origin.replica != from || !readable {
@@ -512,6 +521,7 @@ impl Core {
                 // Later ones must not overtake it.
                 return;
             }
+            self.proposed.insert(from, (origin.start, origin.sequence));
         }
     }
 

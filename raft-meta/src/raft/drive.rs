@@ -180,6 +180,7 @@ impl Core {
         if lead != self.lead {
             self.lead = lead;
             self.reads.ask_again(0);
+            self.proposed.clear();
             if !self.is_leader() {
                 self.outgoing.clear();
             }

@@ -130,12 +130,13 @@ pub(crate) fn to_snapshot(index: u64, term: u64, configuration: &Configuration) 
 
 fn to_conf_state(configuration: &Configuration) -> ConfState {
     let ids = |list: &[ReplicaId]| list.iter().map(|replica| replica.0).collect();
-    let mut state = ConfState::default();
-    state.voters = ids(&configuration.voters);
-    state.learners = ids(&configuration.learners);
-    state.voters_outgoing = ids(&configuration.outgoing);
-    state.learners_next = ids(&configuration.learners_next);
-    state
+    ConfState {
+        voters: ids(&configuration.voters),
+        learners: ids(&configuration.learners),
+        voters_outgoing: ids(&configuration.outgoing),
+        learners_next: ids(&configuration.learners_next),
+        ..ConfState::default()
+    }
 }
 
 /// Sorted: the library keeps sets.
@@ -155,8 +156,7 @@ pub(crate) fn from_conf_state(state: &ConfState) -> Configuration {
 
 pub(crate) fn to_conf_change(steps: &[Step]) -> ConfChangeV2 {
     let single = |step: &Step| {
-        let mut single = ConfChangeSingle::default();
-        single.node_id = step.replica.0;
+        let mut single = ConfChangeSingle { node_id: step.replica.0, ..ConfChangeSingle::default() };
         single.set_change_type(match step.role {
             Role::Voter => ConfChangeType::AddNode,
             Role::Learner => ConfChangeType::AddLearnerNode,
@@ -276,9 +276,7 @@ pub(crate) fn to_message(from: ReplicaId, to: ReplicaId, agreement: Agreement) -
     (message.commit, message.commit_term) = (agreement.commit, agreement.commit_term);
     (message.reject, message.reject_hint) = (agreement.reject, agreement.reject_hint);
     let entries = if matches!(agreement.kind, Kind::ReadIndex | Kind::ReadIndexResponse) {
-        let mut entry = Entry::default();
-        entry.data = agreement.context.into();
-        vec![entry]
+        vec![Entry { data: agreement.context.into(), ..Entry::default() }]
     } else {
         message.context = agreement.context.into();
         agreement.entries.iter().map(to_entry).collect()

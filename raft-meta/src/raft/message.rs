@@ -289,7 +289,8 @@ impl Agreement {
         let local = matches!(self.kind, Kind::Propose | Kind::ReadIndex);
         let term = local == (self.term == 0);
         let content = match self.kind {
-            Kind::Append => self.entries_follow(),
+            // Only nothing has no term; to the library every place behind the log's end looks like that.
+            Kind::Append => (self.index == 0) == (self.log_term == 0) && self.entries_follow(),
             Kind::Propose => {
                 let command = |entry: &LogEntry| matches!(entry.payload, Payload::Command { .. });
                 !self.entries.is_empty() && self.entries.iter().all(command)

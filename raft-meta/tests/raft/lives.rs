@@ -86,3 +86,11 @@ fn canary_an_acknowledgement_before_a_majority_has_it_is_noticed() {
 fn canary_a_read_that_does_not_ask_the_leader_is_noticed() {
     must_show(Sabotage::ReadWithoutBarrier, 3);
 }
+
+#[test]
+fn hostile_messages_make_no_replica_panic() {
+    for seed in 0..seeds() * 20 {
+        crate::hostile::hostile_life(seed);
+        crate::hostile::hostile_bytes(seed);
+    }
+}

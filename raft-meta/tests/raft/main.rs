@@ -2,6 +2,10 @@
 
 mod disk;
 mod executor;
+mod formats;
+mod hostile;
 mod life;
 mod lives;
+mod shell;
+mod voters;
 mod world;
