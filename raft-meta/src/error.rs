@@ -187,9 +187,12 @@ impl FormatError {
             Self::Absent => ErrorKind::NotFound,
             Self::Exists => ErrorKind::Exists,
             Self::Version { .. } | Self::Magic { .. } | Self::Cluster { .. } => ErrorKind::Invalid,
-            Self::LogMissing | Self::SnapshotMissing { .. } | Self::Damaged { .. } | Self::Content { .. } | Self::Gap { .. } | Self::Rule(_) => {
-                ErrorKind::Corrupt
-            }
+            Self::LogMissing
+            | Self::SnapshotMissing { .. }
+            | Self::Damaged { .. }
+            | Self::Content { .. }
+            | Self::Gap { .. }
+            | Self::Rule(_) => ErrorKind::Corrupt,
             Self::Io(error) => xsan_env::error::kind(error),
         }
     }

@@ -87,7 +87,9 @@ pub enum Fault {
         last: u64,
     },
     /// Two replicas have agreed on different entries.
-    #[error("entry {index} was agreed on, and the leader has another one; remove this replica and let the node join again")]
+    #[error(
+        "entry {index} was agreed on, and the leader has another one; remove this replica and let the node join again"
+    )]
     Conflict {
         /// Where.
         index: u64,

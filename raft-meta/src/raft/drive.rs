@@ -144,7 +144,9 @@ impl Core {
             Applied::Change(steps) => match self.node.apply_conf_change(&to_conf_change(&steps)) {
                 Ok(state) => self.configure(&state, &steps),
                 // The same on every replica: the entry does nothing.
-                Err(error) => tracing::warn!(replica = %self.replica, %error, ?steps, "a change of members was refused"),
+                Err(error) => {
+                    tracing::warn!(replica = %self.replica, %error, ?steps, "a change of members was refused")
+                }
             },
             Applied::Leave => match self.node.apply_conf_change(&ConfChangeV2::default()) {
                 Ok(state) => self.configure(&state, &[]),
@@ -197,9 +199,8 @@ impl Core {
     fn send_proposals(&mut self) {
         let Some(leader) = self.leader() else { return };
         let (leads, lead, resend) = (self.is_leader(), self.lead, self.ticks.resend);
-        let is_due = |sent: Option<((u64, u64), u32)>| {
-            sent.is_none_or(|(to, ago)| to != lead || (!leads && ago >= resend))
-        };
+        let is_due =
+            |sent: Option<((u64, u64), u32)>| sent.is_none_or(|(to, ago)| to != lead || (!leads && ago >= resend));
         let (mut entries, mut bytes, mut messages) = (Vec::new(), 0, Vec::new());
         for (&sequence, proposal) in &mut self.proposals.waiting {
             if !is_due(proposal.sent) {
@@ -380,13 +381,8 @@ impl Core {
             base -= 1;
         }
         let base_term = log.term_at(base).unwrap_or(log.snapshot.1);
-        let header = LogHeader {
-            cluster: self.cluster,
-            replica: self.replica,
-            start: self.start,
-            base_index: base,
-            base_term,
-        };
+        let header =
+            LogHeader { cluster: self.cluster, replica: self.replica, start: self.start, base_index: base, base_term };
         let state = HardState { commit: self.hard_state().commit.min(log.last()), ..log.hard_state };
         (header, state, log.tail(base + 1))
     }

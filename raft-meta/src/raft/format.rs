@@ -168,9 +168,7 @@ pub struct RaftFrame {
 /// `Content`: the checksum holds and the content cannot be read.
 pub fn raft_frame_at(log: &[u8], offset: usize) -> Result<Option<RaftFrame>, FormatError> {
     let Some(bytes) = verified_frame(log, offset) else { return Ok(None) };
-    read_frame(bytes, offset)
-        .map(Some)
-        .ok_or(FormatError::Content { file: RAFT_LOG_FILE, offset: offset as u64 })
+    read_frame(bytes, offset).map(Some).ok_or(FormatError::Content { file: RAFT_LOG_FILE, offset: offset as u64 })
 }
 
 fn verified_frame(log: &[u8], offset: usize) -> Option<&[u8]> {
@@ -301,8 +299,7 @@ pub fn encode_raft_snapshot(machine: &Machine) -> Vec<u8> {
         bytes.put_u64(number);
     }
     let configuration = &machine.configuration;
-    for list in
-        [&configuration.voters, &configuration.learners, &configuration.outgoing, &configuration.learners_next]
+    for list in [&configuration.voters, &configuration.learners, &configuration.outgoing, &configuration.learners_next]
     {
         put_replicas(&mut bytes, list);
     }

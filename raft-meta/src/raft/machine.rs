@@ -131,8 +131,7 @@ impl Machine {
             Payload::Command { origin, envelope } => {
                 let command = format::decode_command(envelope, entry.index)?;
                 if self.is_new(*origin) {
-                    self.sessions
-                        .insert(origin.replica, Session { start: origin.start, sequence: origin.sequence });
+                    self.sessions.insert(origin.replica, Session { start: origin.start, sequence: origin.sequence });
                     Applied::Command(*origin, Arc::make_mut(&mut self.state).apply(&command))
                 } else {
                     Applied::Skipped(*origin)

@@ -124,9 +124,8 @@ pub fn next_step(input: &Input) -> Option<Next> {
 
 /// Who should vote.
 fn wanted_voters(input: &Input) -> BTreeSet<ReplicaId> {
-    let may = |member: &&Candidate| {
-        member.standing == Standing::Good || (member.standing == Standing::Away && member.votes)
-    };
+    let may =
+        |member: &&Candidate| member.standing == Standing::Good || (member.standing == Standing::Away && member.votes);
     let mut pool: Vec<&Candidate> = input.members.iter().filter(may).collect();
     // Voters keep their place before others take it, the leader first.
     pool.sort_by_key(|member| (!member.votes, member.replica != input.leader, member.standing, member.node));

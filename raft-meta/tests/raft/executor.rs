@@ -127,10 +127,13 @@ impl Executor {
     ) -> Result<T, String> {
         let done = Arc::new(Mutex::new(None));
         let result = Arc::clone(&done);
-        drop(self.start(0, Box::pin(async move {
-            let output = main.await;
-            *result.lock().unwrap() = Some(output);
-        })));
+        drop(self.start(
+            0,
+            Box::pin(async move {
+                let output = main.await;
+                *result.lock().unwrap() = Some(output);
+            }),
+        ));
         loop {
             if let Some(output) = done.lock().unwrap().take() {
                 return Ok(output);
@@ -238,7 +241,10 @@ impl Runtime for Process {
         Box::pin(Sleep { executor: self.executor.clone(), at: at.0, timer: None })
     }
 
-    fn blocking(&self, work: Box<dyn FnOnce() -> Box<dyn Any + Send> + Send>) -> BoxFuture<'static, Box<dyn Any + Send>> {
+    fn blocking(
+        &self,
+        work: Box<dyn FnOnce() -> Box<dyn Any + Send> + Send>,
+    ) -> BoxFuture<'static, Box<dyn Any + Send>> {
         let (done, answer) = oneshot::channel();
         drop(self.spawn("blocking", Box::pin(async move { drop(done.send(work())) })));
         Box::pin(async move {

@@ -73,10 +73,8 @@ fn machine() -> Machine {
         outgoing: vec![ONE, ReplicaId(0xf5)],
         learners_next: vec![ReplicaId(0xf5)],
     };
-    machine.members = BTreeMap::from([
-        (ONE, Member { node: NodeId(1), since: 1 }),
-        (TWO, Member { node: NodeId(2), since: 7 }),
-    ]);
+    machine.members =
+        BTreeMap::from([(ONE, Member { node: NodeId(1), since: 1 }), (TWO, Member { node: NodeId(2), since: 7 })]);
     machine.sessions = BTreeMap::from([(TWO, Session { start: 2, sequence: 9 })]);
     machine
 }

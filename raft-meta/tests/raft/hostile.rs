@@ -1,9 +1,7 @@
 //! Hostile bytes and hostile messages against readers and whole replicas: nothing may panic. Used by a test (short) and by
 //! `examples/fuzz_raft.rs` (as long as one likes).
 
-use raft_meta::raft::format::{
-    HardState, decode_raft_log, decode_raft_snapshot, encode_raft_snapshot,
-};
+use raft_meta::raft::format::{HardState, decode_raft_log, decode_raft_snapshot, encode_raft_snapshot};
 use raft_meta::raft::message::{Agreement, Body, Kind, decode, encode};
 use raft_meta::raft::{Configuration, Core, LogEntry, Machine, Member, Message, Payload, ReplicaId, Stored, Ticks};
 use raft_meta::{Command, MetaState, format};
@@ -42,8 +40,7 @@ fn replica(number: u64, dice: &mut Dice) -> Core {
     machine.members = ids.iter().map(member).collect::<BTreeMap<_, _>>();
     machine.configuration = Configuration { voters: ids, ..Configuration::default() };
     let state = HardState { term: 1, vote: 0, commit: 1 };
-    let stored =
-        Stored { replica: ReplicaId(number), start: 1, machine, base: (1, 1), state, entries: Vec::new() };
+    let stored = Stored { replica: ReplicaId(number), start: 1, machine, base: (1, 1), state, entries: Vec::new() };
     Core::new(stored, TICKS, dice.below(u64::MAX), false)
 }
 

@@ -176,8 +176,7 @@ impl Life {
             told.next += 1;
             format!("c{client}-{}", told.next)
         };
-        let command =
-            Command::CreateVolume { name: name.parse().unwrap(), pool: PoolId(1), size: 4096, ack: None };
+        let command = Command::CreateVolume { name: name.parse().unwrap(), pool: PoolId(1), size: 4096, ack: None };
         match group.propose(command).await {
             Ok(Outcome::Volume(id)) => drop(self.told.lock().unwrap().volumes.insert(name, id)),
             Err(MetaError::NoAnswer | MetaError::Closed) => {}
@@ -204,7 +203,7 @@ impl Life {
     async fn nemesis(&self) {
         let nodes = usize::try_from(self.world.setup.nodes).unwrap();
         let always = self.world.setup.sabotage == Sabotage::StateNotFlushed;
-        self.world.state().contested = always || self.world.setup.seed % 3 == 0;
+        self.world.state().contested = always || self.world.setup.seed.is_multiple_of(3);
         for _ in 0..40 {
             let pause = 50 + self.world.roll(700);
             self.world.sleep_millis(pause).await;

@@ -208,9 +208,7 @@ impl World {
         let started = env.clone().spawn("start", async move {
             let opened = match how {
                 Start::Open => RaftGroup::open(&env, directory, transport, options()).await,
-                Start::Create => {
-                    RaftGroup::create(&env, directory, transport, options(), node, genesis(nodes)).await
-                }
+                Start::Create => RaftGroup::create(&env, directory, transport, options(), node, genesis(nodes)).await,
                 Start::Join => RaftGroup::join(&env, directory, transport, options(), CLUSTER).await,
             };
             match opened {
@@ -356,8 +354,7 @@ impl Wire {
     fn forge(&self, message: &Message) -> bool {
         let Body::Agreement(append) = &message.body else { return false };
         let Some(last) = append.entries.last().filter(|_| append.kind == Kind::Append) else { return false };
-        let answer =
-            Agreement { term: append.term, index: last.index, ..Agreement::new(Kind::AppendResponse) };
+        let answer = Agreement { term: append.term, index: last.index, ..Agreement::new(Kind::AppendResponse) };
         let forged = Message { cluster: CLUSTER, from: message.to, to: message.from, body: Body::Agreement(answer) };
         if let Some(group) = self.world.group(self.at) {
             group.deliver(message.to, encode(&forged));
