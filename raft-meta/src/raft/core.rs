@@ -281,6 +281,12 @@ impl Core {
         }
     }
 
+    /// What of the status changes from one entry to the next: term, leader, last entry applied, whether it has stopped.
+    #[must_use]
+    pub fn glance(&self) -> (u64, Option<ReplicaId>, u64, bool) {
+        (self.node.raft.term, self.leader(), self.machine.index, self.fault.is_some())
+    }
+
     pub(super) fn leader(&self) -> Option<ReplicaId> {
         Some(ReplicaId(self.node.raft.leader_id)).filter(|leader| leader.0 != 0)
     }

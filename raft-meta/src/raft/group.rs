@@ -420,12 +420,14 @@ impl Shell {
             *self.shared.view.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&machine.state);
             self.shared.applied.send_replace(machine.index);
         }
-        let status = self.core.status();
-        self.shared.status.send_if_modified(|shown| {
-            let changed = *shown != status;
-            *shown = status;
-            changed
-        });
+        // Who the members are changes with the index only.
+        let changed = {
+            let shown = self.shared.status.borrow();
+            (shown.term, shown.leader, shown.applied, shown.faulty) != self.core.glance()
+        };
+        if changed {
+            self.shared.status.send_replace(self.core.status());
+        }
         for answer in self.core.take_answers() {
             match answer {
                 Answer::Proposed(ticket, outcome) => {

@@ -38,6 +38,12 @@ fn lives(nodes: u32) {
     assert!(sum.acknowledged > 10 * seeds() && sum.reads > 10 * seeds(), "the lives did too little: {sum:?}");
 }
 
+/// One voter and a learner: the only group in which a leader can win a term without anybody else knowing.
+#[test]
+fn two_nodes_keep_every_promise_through_crashes_and_cuts() {
+    lives(2);
+}
+
 #[test]
 fn three_nodes_keep_every_promise_through_crashes_cuts_and_lost_disks() {
     lives(3);
