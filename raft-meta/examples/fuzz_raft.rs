@@ -2,11 +2,7 @@
 //! each other's messages forged, repeated and lost. What must hold: no panic. A panic's seed is printed before it; the same
 //! seed repeats it.
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::disallowed_methods,
-    clippy::disallowed_types,
-    reason = "a program of its own: it watches the clock"
-)]
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "a program of its own: it watches the clock")]
 
 use std::time::{Duration, Instant};
 

@@ -195,11 +195,13 @@ fn read_frame(bytes: &[u8], offset: usize) -> Option<RaftFrame> {
     reader.end(RaftFrame { offset, bytes: bytes.len(), number, state, entries })
 }
 
-/// Whether a verified frame starts anywhere at or after `from`.
-fn frame_follows(log: &[u8], from: usize) -> bool {
-    let Some(rest) = log.get(from..) else { return false };
-    let mut markers = rest.windows(FRAME_MARKER.len()).enumerate().filter(|(_, window)| *window == FRAME_MARKER);
-    markers.any(|(at, _)| verified_frame(log, from + at).is_some())
+/// Where the next verified frame starts, at or after `from`: how a reader goes on behind damage.
+#[must_use]
+pub fn next_frame_at(log: &[u8], from: usize) -> Option<usize> {
+    let mut markers = log.get(from..)?.windows(FRAME_MARKER.len()).enumerate();
+    markers.find_map(|(at, window)| {
+        (window == FRAME_MARKER && verified_frame(log, from + at).is_some()).then_some(from + at)
+    })
 }
 
 /// A log as read: its entries after all replacements.
@@ -252,7 +254,7 @@ pub fn decode_raft_log(log: &[u8]) -> Result<RaftLog, FormatError> {
     let mut at = RAFT_LOG_HEADER_BYTES;
     while at < log.len() {
         let Some(frame) = raft_frame_at(log, at)? else {
-            if frame_follows(log, at) {
+            if next_frame_at(log, at).is_some() {
                 return Err(FormatError::Damaged { file: RAFT_LOG_FILE, offset: at as u64 });
             }
             break;

@@ -3,7 +3,7 @@
 //! [`Core`] is pure: ticks, messages and requests in; messages, writes and answers out. [`RaftGroup`] is the shell around it:
 //! one task that owns the core and its files, and makes of it a [`crate::Consensus`]. The library is known to
 //! `library`, `core` and `drive` alone. Reading order: [`entry`], [`machine`], [`message`], [`mod@format`], [`core`], `drive`,
-//! `files`, [`group`], [`voters`].
+//! `files`, [`group`], [`voters`], [`inspect`].
 
 mod bytes;
 pub mod core;
@@ -12,6 +12,7 @@ pub mod entry;
 mod files;
 pub mod format;
 pub mod group;
+pub mod inspect;
 mod library;
 pub mod machine;
 pub mod message;

@@ -10,6 +10,7 @@ use raft_meta::raft::format::{
     HardState, LogHeader, RAFT_LOG_HEADER_BYTES, decode_raft_log, decode_raft_snapshot, encode_frames, encode_log,
     encode_raft_snapshot,
 };
+use raft_meta::raft::inspect::{GroupLogItem, inspect_group_log, inspect_group_snapshot};
 use raft_meta::raft::machine::Session;
 use raft_meta::raft::message::{Agreement, Body, Kind, MESSAGE_BYTES_MAX, decode, encode};
 use raft_meta::raft::{
@@ -187,6 +188,28 @@ fn a_log_damaged_in_the_middle_is_refused() {
     let bytes = golden("raft-log-v1-damaged.bin", damaged);
     let error = decode_raft_log(&bytes).unwrap_err();
     assert!(matches!(error, FormatError::Damaged { file: "raft.log", offset: 64 }), "{error}");
+}
+
+#[test]
+fn people_are_shown_what_a_log_holds_around_damage() {
+    let text = inspect_group_log(&log()).to_string();
+    for expected in [
+        "log of replica 0102030405060708 of cluster c1c1",
+        "start 3, behind entry 10 of term 3",
+        "frame 3: term 5, vote 0000000000000000, agreed up to 13",
+        "15 term 4 AddNode",
+        "the joint time ends",
+    ] {
+        assert!(text.contains(expected), "{expected}: {text}");
+    }
+    let mut damaged = log();
+    damaged[RAFT_LOG_HEADER_BYTES + 30] ^= 1;
+    let report = inspect_group_log(&damaged);
+    assert!(matches!(report.items[0], GroupLogItem::Damage { offset: 64, at_end: false, .. }), "{report}");
+    assert!(report.to_string().contains("frame 2") && !report.to_string().contains("frame 1"));
+    let snapshot = inspect_group_snapshot(&encode_raft_snapshot(&machine())).to_string();
+    assert!(snapshot.contains("entry 10 of term 3") && snapshot.contains("node1 n1 on h1"), "{snapshot}");
+    assert!(inspect_group_snapshot(b"nothing").state.fault.is_some());
 }
 
 #[test]

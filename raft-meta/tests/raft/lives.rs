@@ -9,7 +9,7 @@ fn number(variable: &str) -> Option<u64> {
 
 fn seeds() -> u64 {
     // Unoptimised code is ten times slower.
-    number("XSAN_RAFT_SEEDS").unwrap_or(if cfg!(debug_assertions) { 12 } else { 100 })
+    number("XSAN_RAFT_SEEDS").unwrap_or(if cfg!(debug_assertions) { 6 } else { 100 })
 }
 
 fn must_live(setup: Setup) -> Report {
