@@ -247,7 +247,8 @@ impl Core {
             automatic_voters,
         };
         core.draw_timeout();
-        if core.is_alone() {
+        let configuration = &core.machine.configuration;
+        if configuration.voters == [replica] && !configuration.is_joint() {
             // Nobody else could object: no reason to wait for an election timeout.
             core.node.campaign().ok();
         }

@@ -6,6 +6,7 @@ mod formats;
 mod hostile;
 mod life;
 mod lives;
+mod order;
 mod shell;
 mod voters;
 mod world;

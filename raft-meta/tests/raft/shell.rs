@@ -2,8 +2,10 @@
 #![allow(clippy::disallowed_methods, reason = "tokio::test makes the runtime of a test")]
 
 use crate::executor::Executor;
-use raft_meta::raft::Role;
-use raft_meta::raft::format::{RAFT_LOG_FILE, RAFT_SNAPSHOT_FILE};
+use raft_meta::raft::format::{
+    HardState, LogHeader, RAFT_LOG_FILE, RAFT_SNAPSHOT_FILE, decode_raft_log, encode_log, encode_raft_snapshot,
+};
+use raft_meta::raft::{LogEntry, Machine, Payload, Role};
 use raft_meta::{
     Command, Consensus, FormatError, GroupOptions, LOG_FILE, MetaError, MetaState, Options, Outcome, RaftGroup,
     RaftTransport, ReplicaId, SNAPSHOT_FILE, SingleReplica,
@@ -225,4 +227,30 @@ fn the_leader_refuses_to_leave_and_to_promote_strangers() {
         group.propose(add_node(1)).await.unwrap();
         group.snapshot().await.unwrap();
     });
+}
+
+/// The process ended after a leader's snapshot was in place and before the log was: the log ends before it, or goes on from
+/// something else.
+#[test]
+fn a_log_that_does_not_fit_an_installed_snapshot_goes_on_behind_it() {
+    let nothing = |index| LogEntry { index, term: 2, payload: Payload::Empty };
+    for length in [0, 4, 30] {
+        in_a_world(move |env| async move {
+            let mut machine = Machine::new(genesis());
+            (machine.index, machine.term) = (10, 5);
+            machine.configuration.voters = vec![ReplicaId(1), ReplicaId(2), ReplicaId(3)];
+            let header = LogHeader { cluster: CLUSTER, replica: ReplicaId(1), start: 1, base_index: 1, base_term: 1 };
+            let entries: Vec<LogEntry> = (2..2 + length).map(nothing).collect();
+            let state = HardState { term: 7, vote: 3, commit: 1 };
+            let disk = MemoryDirectory::new();
+            disk.replace_atomic(RAFT_LOG_FILE, encode_log(&header, &state, &entries)).await.unwrap();
+            disk.replace_atomic(RAFT_SNAPSHOT_FILE, encode_raft_snapshot(&machine)).await.unwrap();
+            let group = open(&env, &disk).await.unwrap();
+            assert_eq!(group.status().borrow().applied, 10);
+            group.close().await;
+            let log = decode_raft_log(&disk.read(RAFT_LOG_FILE).await.unwrap().unwrap()).unwrap();
+            assert_eq!((log.header.base_index, log.header.base_term, log.entries.len()), (10, 5, 0));
+            assert_eq!((log.state.term, log.state.vote), (7, 3), "a vote is not forgotten");
+        });
+    }
 }
