@@ -100,6 +100,12 @@ pub fn next_step(input: &Input) -> Option<Next> {
         return None;
     }
     let step = |member: &Candidate, role| Step { replica: member.replica, node: member.node, role };
+    // A leader that is to go hands over first: changing the others before would leave two voters, and need both.
+    let heirs = input.members.iter().filter(|member| wanted.contains(&member.replica) && member.votes);
+    let heir = heirs.filter(|member| member.standing == Standing::Good).min_by_key(|member| member.node);
+    if let Some(heir) = heir.filter(|_| !wanted.contains(&input.leader)) {
+        return Some(Next::Transfer(heir.replica));
+    }
     let mut steps = Vec::new();
     for member in &input.members {
         let is_wanted = wanted.contains(&member.replica);
@@ -112,14 +118,8 @@ pub fn next_step(input: &Input) -> Option<Next> {
             _ => {}
         }
     }
-    if !steps.is_empty() {
-        steps.truncate(crate::raft::entry::STEPS_MAX);
-        return Some(Next::Change(steps));
-    }
-    // Only the leader is left to be changed, and it cannot change itself.
-    let heir = input.members.iter().filter(|member| wanted.contains(&member.replica) && member.votes);
-    let heir = heir.min_by_key(|member| (member.standing, member.node))?;
-    (!wanted.contains(&input.leader) && heir.standing == Standing::Good).then_some(Next::Transfer(heir.replica))
+    steps.truncate(crate::raft::entry::STEPS_MAX);
+    (!steps.is_empty()).then_some(Next::Change(steps))
 }
 
 /// Who should vote.

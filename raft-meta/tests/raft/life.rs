@@ -50,12 +50,18 @@ pub fn live(setup: Setup) -> Result<Report, String> {
         },
         move || watch.check(),
     );
+    let last: Vec<_> = world
+        .state()
+        .slots
+        .iter()
+        .map(|slot| (slot.is_starting, slot.group.as_ref().map(|group| group.status().borrow().clone())))
+        .collect();
     world.executor.kill_all();
     let groups: Vec<_> = world.state().slots.iter_mut().map(|slot| slot.group.take()).collect();
     drop(groups);
     match result? {
         Some(result) => result,
-        None => Err("no end after ten minutes".to_owned()),
+        None => Err(format!("no end after ten minutes: {last:#?}")),
     }
 }
 
