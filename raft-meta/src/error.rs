@@ -117,6 +117,12 @@ pub enum FormatError {
     /// The log is gone beside its snapshot: acknowledged commands may be lost.
     #[error("the log is missing beside its snapshot")]
     LogMissing,
+    /// The snapshot is gone beside a log that was in use: acknowledged commands may be lost.
+    #[error("{file} is missing beside its log; restore it, or remove this replica and let the node join again")]
+    SnapshotMissing {
+        /// Which file.
+        file: &'static str,
+    },
     /// Not a file of this kind.
     #[error("{file} is no metadata file (wrong magic)")]
     Magic {
@@ -181,9 +187,12 @@ impl FormatError {
             Self::Absent => ErrorKind::NotFound,
             Self::Exists => ErrorKind::Exists,
             Self::Version { .. } | Self::Magic { .. } | Self::Cluster { .. } => ErrorKind::Invalid,
-            Self::LogMissing | Self::Damaged { .. } | Self::Content { .. } | Self::Gap { .. } | Self::Rule(_) => {
-                ErrorKind::Corrupt
-            }
+            Self::LogMissing
+            | Self::SnapshotMissing { .. }
+            | Self::Damaged { .. }
+            | Self::Content { .. }
+            | Self::Gap { .. }
+            | Self::Rule(_) => ErrorKind::Corrupt,
             Self::Io(error) => xsan_env::error::kind(error),
         }
     }

@@ -64,7 +64,7 @@ fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
 }
 
 /// CRC of `bytes` with the four bytes at `crc_at` taken as zeroes.
-fn crc_without(bytes: &[u8], crc_at: usize) -> Crc32c {
+pub(crate) fn crc_without(bytes: &[u8], crc_at: usize) -> Crc32c {
     let mut copy = bytes.to_vec();
     if let Some(field) = copy.get_mut(crc_at..crc_at + 4) {
         field.fill(0);
@@ -73,7 +73,7 @@ fn crc_without(bytes: &[u8], crc_at: usize) -> Crc32c {
 }
 
 /// Writes the CRC of `bytes` into its field, which is zero so far.
-fn seal(bytes: &mut [u8], crc_at: usize) {
+pub(crate) fn seal(bytes: &mut [u8], crc_at: usize) {
     let crc = crc32c(bytes);
     bytes[crc_at..crc_at + 4].copy_from_slice(&crc.0.to_le_bytes());
 }

@@ -2,9 +2,9 @@
 //!
 //! Control only: nothing here is on the path of a guest I/O, and guests go on when it is down. The core is pure:
 //! [`MetaState::apply`] is a deterministic function of state and [`Command`], without clock, randomness or I/O. Around it
-//! stands [`Consensus`], which orders commands and makes them durable: today [`SingleReplica`] (one log, one process),
-//! later Raft behind the same trait. Reading order: [`state`], [`command`], [`apply`], [`register`], [`consensus`],
-//! [`single`], [`mod@format`], [`inspect`].
+//! stands [`Consensus`], which orders commands and makes them durable: [`RaftGroup`] (one voter or several), and
+//! [`SingleReplica`] (one log, one process; what clusters of `xsan dev` were made with). Reading order: [`state`], [`command`],
+//! [`apply`], [`register`], [`consensus`], [`single`], [`mod@format`], [`inspect`], [`mod@raft`].
 //!
 //! Bytes: docs/format/meta.md.
 #![forbid(unsafe_code)]
@@ -16,6 +16,7 @@ pub mod error;
 pub mod format;
 pub mod inspect;
 pub mod name;
+pub mod raft;
 pub mod register;
 pub mod single;
 pub mod state;
@@ -24,6 +25,7 @@ pub use command::{Command, Outcome};
 pub use consensus::{Consensus, RegisterClient};
 pub use error::{FormatError, MetaError};
 pub use name::{Name, NameError};
+pub use raft::{GroupOptions, RaftGroup, RaftTransport, ReplicaId};
 pub use register::VolumeRegister;
 pub use single::{LOG_FILE, Options, SNAPSHOT_FILE, SingleReplica};
 pub use state::{AckPolicy, DeviceRecord, MetaState, Node, NodeState, Pool, VOLUME_BYTES_MAX, Volume};
