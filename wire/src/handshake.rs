@@ -41,6 +41,9 @@ pub struct Hello {
     pub target: NodeId,
     /// What for.
     pub class: Class,
+    /// Number of the client's link, drawn once for all connections that follow each other on it: a newer connection
+    /// replaces the older one, so that nothing of the older one begins after it.
+    pub link: u64,
 }
 
 /// Answer of a server that agrees.
@@ -170,6 +173,7 @@ impl Hello {
         out.put(&self.instance);
         out.put(&self.target);
         out.put(&self.class);
+        out.put(&self.link);
     }
 
     /// Reads one; what follows is skipped.
@@ -185,6 +189,7 @@ impl Hello {
             instance: input.get()?,
             target: input.get()?,
             class: input.get()?,
+            link: input.get()?,
         })
     }
 
@@ -254,6 +259,7 @@ mod tests {
             instance: 99,
             target: NodeId(5),
             class: Class::Bulk,
+            link: 44,
         }
     }
 

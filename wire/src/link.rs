@@ -28,6 +28,9 @@ use std::time::Duration;
 use xsan_env::Moment;
 use xsan_types::NodeId;
 
+/// An idle connection is looked after by the kernel, so that it costs no timer here.
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
+
 /// How a connection to a peer fares.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -63,6 +66,8 @@ struct Shared {
     endpoint: Endpoint,
     target: NodeId,
     class: Class,
+    /// Number of this link, the same for all its connections.
+    number: u64,
     connect: Arc<dyn Connect>,
     state: Mutex<State>,
     task: AtomicWaker,
@@ -105,6 +110,7 @@ impl Link {
             endpoint: endpoint.clone(),
             target,
             class,
+            number: endpoint.env.random(),
             connect: Arc::clone(connect),
             state: Mutex::new(state),
             task: AtomicWaker::new(),
@@ -227,6 +233,7 @@ impl Shared {
     async fn connect(&self) -> Result<(Transport, Input, Welcome), ConnectError> {
         let endpoint = &self.endpoint;
         let stream = self.connect.connect().await.map_err(ConnectError::Connect)?;
+        stream.keep_alive(KEEP_ALIVE);
         let mut transport = Transport::client(endpoint, stream, self.target).await?;
         let hello = Hello {
             versions: (WireVersion::OLDEST.number(), WireVersion::NEWEST.number()),
@@ -235,6 +242,7 @@ impl Shared {
             instance: endpoint.instance,
             target: self.target,
             class: self.class,
+            link: self.number,
         };
         let mut output = Output::default();
         output.push(&Header::of(Kind::Hello), Payload::None, |out| hello.put(out));

@@ -26,6 +26,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long a refusal may take to be read.
 const REFUSAL_FOR: Duration = Duration::from_secs(1);
 
+/// A client whose host has vanished without a word is noticed by the kernel after about twice this; costs nothing else.
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
+
 /// What connections are told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Order {
@@ -37,10 +40,17 @@ pub(crate) enum Order {
 }
 
 /// One connection, from its acceptance on.
+#[derive(Default)]
 pub(crate) struct Entry {
+    /// Grows with every connection.
+    number: u64,
     pub(crate) task: AtomicWaker,
     peer: Mutex<Option<PeerInfo>>,
+    /// The client's node, process and link.
+    link: Mutex<Option<(NodeId, u64, u64)>>,
     cut: AtomicBool,
+    /// Begins no more requests.
+    quiet: AtomicBool,
 }
 
 struct Shared {
@@ -116,8 +126,12 @@ impl Server {
         let (number, entry) = {
             let mut sessions = self.0.sessions();
             sessions.next += 1;
-            let entry =
-                Arc::new(Entry { task: AtomicWaker::new(), peer: Mutex::new(None), cut: AtomicBool::new(false) });
+            // Strangers in their handshake are bounded, too; peers are refused in words before it comes to this.
+            if sessions.entries.len() >= self.0.endpoint.limits.connections_max.saturating_mul(2) {
+                tracing::warn!(peer = stream.peer(), "too many connections: hung up on one");
+                return;
+            }
+            let entry = Arc::new(Entry { number: sessions.next, ..Entry::default() });
             let number = sessions.next;
             sessions.entries.insert(number, Arc::clone(&entry));
             (number, entry)
@@ -187,6 +201,10 @@ impl Entry {
         self.peer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn link(&self) -> MutexGuard<'_, Option<(NodeId, u64, u64)>> {
+        self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Somebody cut this connection alone.
     pub(crate) fn is_cut(&self) -> bool {
         self.cut.load(Ordering::Acquire)
@@ -228,7 +246,9 @@ impl Shared {
     async fn serve_one(self: &Arc<Self>, stream: Stream, entry: &Arc<Entry>) -> Result<(), ConnectError> {
         let address = stream.peer();
         let limit = self.endpoint.limits.connect_for.saturating_mul(5);
-        let shaken = self.until_ordered(entry, self.endpoint.env.timeout(limit, self.shake(stream, address))).await;
+        stream.keep_alive(KEEP_ALIVE);
+        let shaken = self.shake(entry, stream, address);
+        let shaken = self.until_ordered(entry, self.endpoint.env.timeout(limit, shaken)).await;
         let Some(shaken) = shaken else { return Ok(()) };
         let (transport, input, peer) = shaken.unwrap_or(Err(ConnectError::Silent))?;
         tracing::info!(node = %peer.node, class = ?peer.class, address = peer.address, "a node connected");
@@ -236,12 +256,12 @@ impl Shared {
         session::run(self, entry, transport, input, peer).await
     }
 
-    /// Runs a handshake; `None`: the server stops, strangers are not waited for.
+    /// Runs a handshake; `None`: the server stops, or a newer connection has taken this one's place.
     async fn until_ordered<T>(&self, entry: &Entry, work: impl Future<Output = T>) -> Option<T> {
         let mut work = std::pin::pin!(work);
         poll_fn(|context| {
             entry.task.register(context.waker());
-            if self.order() > Order::Run {
+            if self.order() > Order::Run || entry.is_cut() {
                 return std::task::Poll::Ready(None);
             }
             work.as_mut().poll(context).map(Some)
@@ -249,12 +269,17 @@ impl Shared {
         .await
     }
 
-    async fn shake(&self, stream: Stream, address: String) -> Result<(Transport, Input, PeerInfo), ConnectError> {
+    async fn shake(
+        &self,
+        entry: &Arc<Entry>,
+        stream: Stream,
+        address: String,
+    ) -> Result<(Transport, Input, PeerInfo), ConnectError> {
         let (mut transport, certified) = Transport::server(&self.endpoint, stream).await?;
         let mut input = Input::new(self.endpoint.pool.clone(), Bounds::HANDSHAKE, transport.is_buffered());
         let judged = match transport.receive_frame(&mut input).await {
             Ok(frame) if frame.header.kind == Kind::Hello => {
-                self.judge(&Hello::get(frame.meta).ok(), certified, address)
+                self.judge(entry, &Hello::get(frame.meta).ok(), certified, address)
             }
             // A header that only another release could have sent: it can at least be told.
             Err(ConnectError::Frame(FrameError::Layout(_))) => Err(Refusal::version()),
@@ -265,6 +290,7 @@ impl Shared {
             Ok(peer) => peer,
             Err(refusal) => return Err(self.refuse(transport, refusal).await),
         };
+        self.replace_older(entry).await;
         let limits = &self.endpoint.limits;
         let welcome = Welcome {
             version: peer.version.number(),
@@ -280,7 +306,13 @@ impl Shared {
         Ok((transport, input, peer))
     }
 
-    fn judge(&self, hello: &Option<Hello>, certified: Option<NodeId>, address: String) -> Result<PeerInfo, Refusal> {
+    fn judge(
+        &self,
+        entry: &Arc<Entry>,
+        hello: &Option<Hello>,
+        certified: Option<NodeId>,
+        address: String,
+    ) -> Result<PeerInfo, Refusal> {
         let Some(hello) = hello else { return Err(Refusal::Malformed) };
         let version = hello.judge(self.endpoint.cluster, self.endpoint.node, certified)?;
         if self.services.admission.as_ref().is_some_and(|admission| !admission(hello.node)) {
@@ -290,7 +322,35 @@ impl Shared {
         if self.sessions().entries.len() > self.endpoint.limits.connections_max {
             return Err(Refusal::Busy);
         }
+        *entry.link() = Some((hello.node, hello.instance, hello.link));
         Ok(PeerInfo { node: hello.node, instance: hello.instance, class: hello.class, version, address })
+    }
+
+    /// Cuts older connections of the same link and waits until they begin nothing more: a request that was given up
+    /// with its connection, and is still on its way there, cannot begin after one that was sent over this connection.
+    async fn replace_older(&self, entry: &Arc<Entry>) {
+        let link = *entry.link();
+        loop {
+            let ended = self.ended.notified();
+            let is_older = |other: &&Arc<Entry>| {
+                other.number < entry.number && *other.link() == link && !other.quiet.load(Ordering::Acquire)
+            };
+            let older: Vec<Arc<Entry>> = self.sessions().entries.values().filter(is_older).cloned().collect();
+            if older.is_empty() {
+                return;
+            }
+            for other in older {
+                other.cut.store(true, Ordering::Release);
+                other.task.wake();
+            }
+            ended.await;
+        }
+    }
+
+    /// A connection begins nothing more.
+    pub(crate) fn is_quiet(&self, entry: &Entry) {
+        entry.quiet.store(true, Ordering::Release);
+        self.ended.notify_waiters();
     }
 
     /// Tells a stranger why, as far as it listens.

@@ -94,6 +94,7 @@ pub(super) async fn run(
         timer: Timer::new(&shared.endpoint.env),
     };
     let end = poll_fn(|context| session.poll_run(context)).await;
+    shared.is_quiet(entry);
     let Session { mut jobs, mut transport, .. } = session;
     if end.is_ok() {
         let shutdown = poll_fn(|context| transport.poll_shutdown(context));

@@ -107,6 +107,7 @@ fn handshakes() -> Vec<Golden> {
         instance: 0x1122_3344,
         target: SERVER,
         class: Class::Bulk,
+        link: 0x7788,
     };
     let welcome = Welcome { version: 1, node: SERVER, instance: 0x5566, requests_max: 512, bytes_max: 32 << 20 };
     let refusal = Refusal::Version(1, 1);

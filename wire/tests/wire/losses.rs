@@ -80,6 +80,24 @@ fn a_deadline_also_passes_while_the_connection_is_being_made() {
 }
 
 #[test]
+fn a_request_given_up_with_its_connection_never_begins_after_a_newer_one() {
+    run(|env| async move {
+        let alert = endpoint(&env, CLIENT).with_limits(Limits { silence_for: SHORT, ..patient() });
+        let (node, pipes, remote) = piped(&env, &alert);
+        assert_eq!(remote.confirm(member()).await, Ok(()));
+        pipes.set(0, Flow::Stalled);
+        assert_eq!(remote.append(member(), segment(1), 0, pattern(4096)).await, Err(NodeError::Unavailable));
+        assert_eq!(remote.append(member(), segment(1), 4096, pattern(4096)).await, Ok(8192));
+        // Now the old one arrives.
+        pipes.set(0, Flow::Open);
+        for _ in 0..1000 {
+            xsan_env::yield_now().await;
+        }
+        assert_eq!((node.asked(), pipes.made()), (2, 2), "the old connection begins nothing more");
+    });
+}
+
+#[test]
 fn a_silent_connection_is_given_up_and_a_slow_node_is_not() {
     run(|env| async move {
         let alert = endpoint(&env, CLIENT).with_limits(Limits { silence_for: 4 * SHORT, ..patient() });

@@ -170,7 +170,8 @@ fn refusal_in(bytes: &[u8]) -> Refusal {
 }
 
 fn hello(versions: (u16, u16)) -> Vec<u8> {
-    let hello = Hello { versions, cluster: CLUSTER, node: CLIENT, instance: 1, target: SERVER, class: Class::Guest };
+    let hello =
+        Hello { versions, cluster: CLUSTER, node: CLIENT, instance: 1, target: SERVER, class: Class::Guest, link: 8 };
     let mut meta = Vec::new();
     hello.put(&mut meta);
     frame(&Header::of(Kind::Hello), &meta)
