@@ -1,12 +1,12 @@
 //! What the wire costs: appends to a node that answers at once, called directly, over TCP, and over TCP with TLS.
 //!
 //! ```text
-//! cargo run --release -p xsan-benches --bin wire [-- SECONDS]
+//! cargo run --release -p xsan-benches --bin wire [-- SECONDS [FILTER]]
 //! ```
 //!
 //! - Client and server are two processes with one thread each, on the loopback interface of one machine.
 //! - CPU is user and system time of each process (`/proc/PID/stat`) divided by calls; "direct" is a call in one process.
-//! - Three rounds, ways interleaved; the median counts.
+//! - Three rounds, ways interleaved; the median counts. FILTER keeps the sizes that contain it, for example `4 KiB qd32`.
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "a benchmark measures the real clock")]
 
 use futures::StreamExt;
@@ -237,12 +237,16 @@ fn median(mut samples: Vec<Sample>) -> Sample {
     samples[samples.len() / 2]
 }
 
-async fn compare(env: &Env, length: Duration) {
+async fn compare(env: &Env, length: Duration, filter: &str) {
     let ca = Ca::new(CLUSTER).expect("a CA");
     let papers = (Papers::issue(&ca, CLIENT), Papers::issue(&ca, SERVER));
     println!("| append | way | calls/s | CPU us client | CPU us server | CPU us both | of plain TCP |");
     println!("|---|---|--:|--:|--:|--:|--:|");
     for (bytes, depth) in [(4 << 10, 1), (4 << 10, 32), (64 << 10, 32)] {
+        let name = format!("{} KiB qd{depth}", bytes >> 10);
+        if !name.contains(filter) {
+            continue;
+        }
         let mut samples: [Vec<Sample>; 3] = Default::default();
         for _ in 0..ROUNDS {
             samples[0].push(measure(&Sink, bytes, depth, length, None).await);
@@ -253,10 +257,7 @@ async fn compare(env: &Env, length: Duration) {
         for (way, (rate, client, server)) in ["direct", "TCP", "TCP + TLS"].iter().zip(samples) {
             let both = client + server;
             let ratio = both / (samples[1].1 + samples[1].2);
-            let size = bytes >> 10;
-            println!(
-                "| {size} KiB qd{depth} | {way} | {rate:.0} | {client:.2} | {server:.2} | {both:.2} | {ratio:.2}x |"
-            );
+            println!("| {name} | {way} | {rate:.0} | {client:.2} | {server:.2} | {both:.2} | {ratio:.2}x |");
         }
     }
 }
@@ -266,6 +267,7 @@ fn main() {
     if argument.as_deref() == Some("serve") {
         return serve();
     }
+    let filter = std::env::args().nth(2).unwrap_or_default();
     let seconds = argument.map_or(3, |text| text.parse().expect("seconds"));
     let runtime = xsan_env::os::build_runtime(1).expect("a thread");
     let env = runtime.block_on(async { OsRuntime::current() });
@@ -273,7 +275,7 @@ fn main() {
     let (done, outcome) = std::sync::mpsc::channel();
     let task_env = env.clone();
     drop(env.spawn("bench", async move {
-        compare(&task_env, Duration::from_secs(seconds)).await;
+        compare(&task_env, Duration::from_secs(seconds), &filter).await;
         done.send(()).expect("waited for");
     }));
     outcome.recv().expect("it ends");
