@@ -61,13 +61,13 @@ trait ConcatBytes {
 
 impl ConcatBytes for [Buf] {
     fn concat_bytes(&self) -> Vec<u8> {
-        self.iter().flat_map(|piece| piece.iter().copied()).collect()
+        self.iter().map(|piece| &**piece).collect::<Vec<_>>().concat()
     }
 }
 
 fn pattern(bytes: usize) -> Buf {
-    let bytes: Vec<u8> = (0..bytes).map(|at| (at % 251) as u8).collect();
-    Buf::copied(&bytes)
+    let period: Vec<u8> = (0..251).collect();
+    Buf::copied(&period.repeat(bytes / 251 + 1)[..bytes])
 }
 
 proptest! {

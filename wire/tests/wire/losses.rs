@@ -243,3 +243,58 @@ fn dropping_a_peer_fails_what_it_waits_for_and_leaves_no_connection() {
         drop(direct);
     });
 }
+
+#[test]
+fn calls_from_many_threads_over_connections_that_are_cut_all_end_and_none_gets_anothers_answer() {
+    let runtime = xsan_env::os::build_runtime(4).expect("threads");
+    runtime.block_on(async {
+        let env = xsan_env::OsRuntime::current();
+        let ca = xsan_wire::Ca::new(CLUSTER).expect("a CA");
+        let hasty = Limits { backoff_min: Duration::from_millis(1), ..patient() };
+        let far = pair_of(
+            &endpoint(&env, CLIENT).with_limits(hasty).with_tls(tls(&env, &ca, CLIENT)),
+            &endpoint(&env, SERVER).with_tls(tls(&env, &ca, SERVER)),
+        );
+        let callers: Vec<_> = (1..=8u64)
+            .map(|caller| {
+                let remote = far.remote.clone();
+                env.spawn("caller", async move {
+                    let mut done = 0;
+                    while done < 100 {
+                        let bytes = usize::try_from((caller * 4096 * (done % 7 + 1)) % 100_000 + 512).expect("small");
+                        let offset = caller << 32 | done << 16;
+                        let both = tokio::join!(
+                            remote.append(member(), segment(caller), offset, pattern(bytes)),
+                            remote.read_shard(DeviceId(1), shard(caller), 0, u32::try_from(bytes).expect("small")),
+                        );
+                        match both {
+                            (Ok(length), Ok(read)) => {
+                                assert_eq!((length, read.len()), (offset + bytes as u64, bytes));
+                                done += 1;
+                            }
+                            (appended, read) => {
+                                let known = [appended.err(), read.err()].into_iter().flatten();
+                                known.for_each(|error| assert_eq!(error, NodeError::Unavailable));
+                                xsan_env::yield_now().await;
+                            }
+                        }
+                    }
+                })
+            })
+            .collect();
+        for _ in 0..50 {
+            env.sleep(Duration::from_millis(5)).await;
+            far.server.cut(CLIENT);
+        }
+        let all = async {
+            for caller in callers {
+                caller.join().await;
+            }
+        };
+        env.timeout(4 * PATIENCE, all).await.expect("all callers end");
+        let asked = far.node.asked();
+        assert!(asked >= 8 * 100 * 2, "{asked}");
+        far.server.stop(PATIENCE).await;
+        assert_eq!(*far.node.ended.borrow(), asked, "what was begun was carried to its end");
+    });
+}

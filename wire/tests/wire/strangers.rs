@@ -268,6 +268,42 @@ fn a_request_that_makes_no_sense_is_answered_and_the_connection_goes_on() {
 }
 
 #[test]
+fn a_request_behind_the_goodbye_is_refused_and_what_was_begun_is_answered() {
+    run(|env| async move {
+        let far = pair(&env);
+        far.node.held.send_replace(true);
+        let (ours, theirs) = Stream::memory_pair(1 << 16);
+        far.server.accept(theirs);
+        let devices = |id| frame(&Header { service: 1, code: 1, id, ..Header::of(Kind::Request) }, &[]);
+        ours.write_all(&[hello((1, 1)), devices(5)].concat()).await.expect("written");
+        far.node.begun(1).await;
+        let server = far.server.clone();
+        let stop = env.spawn("stop", async move { server.stop(PATIENCE).await });
+        let mut input = Input::new(BufPool::new(0, 0), Bounds::PEERS, false);
+        let mut seen = Vec::new();
+        loop {
+            let count = ours.read(input.room()).await.expect("still there");
+            if count == 0 {
+                break;
+            }
+            input.filled(count);
+            while let Some(frame) = input.next_frame().expect("sound") {
+                let Header { kind, code, id, .. } = frame.header;
+                seen.push((kind, code, id));
+                match (kind, id) {
+                    (Kind::Goodbye, _) => ours.write_all(&devices(6)).await.expect("written"),
+                    (Kind::Answer, 6) => drop(far.node.held.send_replace(false)),
+                    _ => {}
+                }
+            }
+        }
+        stop.join().await;
+        let expected = [(Kind::Welcome, 0, 0), (Kind::Goodbye, 0, 0), (Kind::Answer, 4, 6), (Kind::Answer, 0, 5)];
+        assert_eq!((seen.as_slice(), far.node.asked()), (&expected[..], 1));
+    });
+}
+
+#[test]
 fn a_server_without_a_node_says_that_it_does_not_answer() {
     run(|env| async move {
         let server = Server::new(&endpoint(&env, SERVER), Services::new());

@@ -206,14 +206,15 @@ impl Recorder {
 
 /// A buffer as its content, and whether a device could write it as it is.
 pub fn seen(data: &[Buf]) -> String {
-    let all: Vec<u8> = data.iter().flat_map(|piece| piece.iter().copied()).collect();
+    let pieces: Vec<&[u8]> = data.iter().map(|piece| &**piece).collect();
+    let all = pieces.concat();
     let aligned = data.iter().all(|piece| piece.is_aligned(4096));
     format!("{} bytes {} aligned {aligned}", all.len(), crc32c(&all))
 }
 
 pub fn pattern(bytes: usize) -> Buf {
-    let bytes: Vec<u8> = (0..bytes).map(|at| (at % 249) as u8).collect();
-    Buf::copied(&bytes)
+    let period: Vec<u8> = (0..249).collect();
+    Buf::copied(&period.repeat(bytes / 249 + 1)[..bytes])
 }
 
 pub fn segment(number: u64) -> SegmentName {
