@@ -39,6 +39,7 @@ pub(super) async fn run(
         window: Window { requests: welcome.requests_max.max(1), bytes: welcome.bytes_max },
         leaving: false,
         silence: None,
+        unproved: false,
         idle: true,
         timer: Timer::new(&shared.endpoint.env),
     };
@@ -72,7 +73,10 @@ struct Connection<'a> {
     leaving: bool,
     /// `None` when nothing was unanswered for a while: an idle connection costs nothing.
     silence: Option<Silence>,
-    /// Nothing was unanswered at the last look.
+    /// One-way messages were sent since the last sign of life was looked for: nobody else would notice that they go
+    /// nowhere.
+    unproved: bool,
+    /// There was nothing to listen for at the last look.
     idle: bool,
     timer: Timer,
 }
@@ -89,7 +93,9 @@ impl Connection<'_> {
                     return Poll::Ready(Ok(()));
                 }
                 if !self.leaving {
-                    progress |= state.outbox.take(self.window, &mut self.output);
+                    let moved = state.outbox.take(self.window, &mut self.output);
+                    progress |= moved.any;
+                    self.unproved |= moved.one_way;
                 }
                 state.outbox.unanswered()
             };
@@ -140,15 +146,16 @@ impl Connection<'_> {
             (state.outbox.unanswered(), state.outbox.earliest())
         };
         let half = self.shared.endpoint.limits.silence_for(self.shared.class) / 2;
+        let listens = unanswered > 0 || self.unproved || !self.output.is_empty();
         match &mut self.silence {
             // What was asked a moment ago has a whole period yet. The timer is not touched: it is one for many requests.
-            Some(silence) if self.idle && unanswered > 0 => (silence.heard, silence.asked) = (true, false),
-            None if unanswered > 0 => {
+            Some(silence) if self.idle && listens => (silence.heard, silence.asked) = (true, false),
+            None if listens => {
                 self.silence = Some(Silence { look_at: env.now().after(half), heard: false, asked: false });
             }
             _ => {}
         }
-        self.idle = unanswered == 0;
+        self.idle = !listens;
         let look_at = self.silence.as_ref().map(|silence| silence.look_at);
         let due = match (look_at, earliest) {
             (Some(look_at), Some(earliest)) => Some(look_at.min(earliest)),
@@ -170,6 +177,7 @@ impl Connection<'_> {
             if !silence.heard && silence.asked {
                 return Err(ConnectError::Silent);
             }
+            self.unproved &= !silence.heard;
             silence.asked = !silence.heard;
             silence.heard = false;
             silence.look_at = now.after(half);

@@ -56,6 +56,14 @@ pub(crate) struct Window {
     pub(crate) bytes: u64,
 }
 
+/// What [`Outbox::take`] moved.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Moved {
+    pub(crate) any: bool,
+    /// A message that nobody will answer was among it.
+    pub(crate) one_way: bool,
+}
+
 /// Bounded by [`Limits`]: what waits for its turn; by [`Window`]: what waits for its answer.
 pub(crate) struct Outbox {
     queue: VecDeque<Queued>,
@@ -149,10 +157,13 @@ impl Outbox {
     }
 
     /// Moves frames to `output` in order, as far as the window allows. A single request always goes when nothing else
-    /// is on its way. `true`: some were moved.
-    pub(crate) fn take(&mut self, window: Window, output: &mut Output) -> bool {
-        let mut moved = false;
-        while let Some(next) = self.queue.front() {
+    /// is on its way.
+    pub(crate) fn take(&mut self, window: Window, output: &mut Output) -> Moved {
+        let mut moved = Moved::default();
+        // One-way messages are in no window: what a stuck socket does not take stays in the queue, which is bounded.
+        while let Some(next) = self.queue.front()
+            && (output.bytes() as u64) < window.bytes.max(1)
+        {
             let is_first = self.sent == 0;
             let fits = self.sent < window.requests && self.sent_bytes + next.cost <= window.bytes;
             // One-way messages wait with the requests before them: their order is kept.
@@ -173,7 +184,8 @@ impl Outbox {
                         self.sent_bytes += cost;
                     }
                     output.push_laid_out(&self.heads[from..from + head], payload);
-                    moved = true;
+                    moved.any = true;
+                    moved.one_way |= slot.is_none();
                 }
             }
         }

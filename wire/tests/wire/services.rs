@@ -4,7 +4,9 @@ use crate::support::*;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use xsan_env::runtime::BoxFuture;
-use xsan_wire::{CallError, Class, Peer, PeerInfo, Server, Service, ServiceError, ServiceId, Services};
+use xsan_wire::{
+    CallError, Class, Limits, LinkState, Peer, PeerInfo, Server, Service, ServiceError, ServiceId, Services,
+};
 
 /// Answers with its bytes turned round, and keeps messages.
 #[derive(Default)]
@@ -68,6 +70,52 @@ fn services_get_requests_and_messages_in_order_and_their_failures_are_told_apart
         let from = lock(&mirror.from).clone().expect("asked");
         assert_eq!((from.node, from.class), (CLIENT, Class::Control));
         assert_eq!(server.peers(), [from]);
+    });
+}
+
+#[test]
+fn one_way_messages_into_a_silent_connection_are_noticed_and_bounded() {
+    run(|env| async move {
+        let mirror = Arc::new(Mirror::default());
+        let service: Arc<dyn Service> = Arc::<Mirror>::clone(&mirror);
+        let server = Server::new(&endpoint(&env, SERVER), Services::new().with(ServiceId::META, service));
+        let pipes = Arc::new(Pipes::default());
+        let limits = Limits { silence_for: Duration::from_millis(200), queue_requests_max: 100, ..patient() };
+        let peer = Peer::new(&endpoint(&env, CLIENT).with_limits(limits), SERVER, &pipes.connector(&env, &server));
+        let send = |body: &[u8]| peer.send(Class::Control, ServiceId::META, 7, body);
+        assert_eq!(send(b"first"), Ok(()));
+        while lock(&mirror.messages).is_empty() {
+            xsan_env::yield_now().await;
+        }
+        // A healthy connection is kept, however long nothing but messages is sent.
+        env.sleep(Duration::from_millis(700)).await;
+        assert_eq!(send(b"second"), Ok(()));
+        env.sleep(Duration::from_millis(700)).await;
+        assert!(matches!(peer.state(Class::Control), LinkState::Up));
+        pipes.set(0, Flow::Stalled);
+        assert_eq!(send(b"lost"), Ok(()));
+        while !matches!(peer.state(Class::Control), LinkState::Down { .. }) {
+            env.sleep(Duration::from_millis(10)).await;
+        }
+        while send(b"third").is_err() || lock(&mirror.messages).len() < 3 {
+            env.sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(lock(&mirror.messages)[2].1, b"third");
+        // A socket that takes nothing: the queue fills, and says so.
+        let limits = Limits { queue_requests_max: 100, ..patient() };
+        let peer = Peer::new(&endpoint(&env, CLIENT).with_limits(limits), SERVER, &pipes.connector(&env, &server));
+        let send = |body: &[u8]| peer.send(Class::Control, ServiceId::META, 7, body);
+        assert_eq!(send(b"fourth"), Ok(()));
+        while lock(&mirror.messages).len() < 4 {
+            xsan_env::yield_now().await;
+        }
+        pipes.set(pipes.made() - 1, Flow::Stalled);
+        let mut accepted = 0;
+        while send(&[0; 1 << 20]).is_ok() {
+            accepted += 1;
+            xsan_env::yield_now().await;
+        }
+        assert!((100..200).contains(&accepted), "{accepted} MiB");
     });
 }
 
