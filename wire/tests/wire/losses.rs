@@ -82,7 +82,7 @@ fn a_deadline_also_passes_while_the_connection_is_being_made() {
 #[test]
 fn a_request_given_up_with_its_connection_never_begins_after_a_newer_one() {
     run(|env| async move {
-        let alert = endpoint(&env, CLIENT).with_limits(Limits { silence_for: SHORT, ..patient() });
+        let alert = endpoint(&env, CLIENT).with_limits(Limits { silence_for: 3 * SHORT, ..patient() });
         let (node, pipes, remote) = piped(&env, &alert);
         assert_eq!(remote.confirm(member()).await, Ok(()));
         pipes.set(0, Flow::Stalled);
@@ -223,6 +223,8 @@ fn a_cut_node_is_gone_and_comes_back_by_itself() {
         far.server.cut(CLIENT);
         assert_eq!(call.await, Err(NodeError::Unavailable));
         far.node.held.send_replace(false);
+        // The connection was cut, the call was not.
+        far.node.ended(1).await;
         assert_eq!(far.remote.append(member(), segment(1), 0, pattern(4096)).await, Ok(4096));
     });
 }

@@ -80,7 +80,7 @@ fn one_way_messages_into_a_silent_connection_are_noticed_and_bounded() {
         let service: Arc<dyn Service> = Arc::<Mirror>::clone(&mirror);
         let server = Server::new(&endpoint(&env, SERVER), Services::new().with(ServiceId::META, service));
         let pipes = Arc::new(Pipes::default());
-        let limits = Limits { silence_for: Duration::from_millis(200), queue_requests_max: 100, ..patient() };
+        let limits = Limits { silence_for: Duration::from_millis(400), queue_requests_max: 100, ..patient() };
         let peer = Peer::new(&endpoint(&env, CLIENT).with_limits(limits), SERVER, &pipes.connector(&env, &server));
         let send = |body: &[u8]| peer.send(Class::Control, ServiceId::META, 7, body);
         assert_eq!(send(b"first"), Ok(()));
@@ -88,9 +88,9 @@ fn one_way_messages_into_a_silent_connection_are_noticed_and_bounded() {
             xsan_env::yield_now().await;
         }
         // A healthy connection is kept, however long nothing but messages is sent.
-        env.sleep(Duration::from_millis(700)).await;
+        env.sleep(Duration::from_millis(900)).await;
         assert_eq!(send(b"second"), Ok(()));
-        env.sleep(Duration::from_millis(700)).await;
+        env.sleep(Duration::from_millis(900)).await;
         assert!(matches!(peer.state(Class::Control), LinkState::Up));
         pipes.set(0, Flow::Stalled);
         assert_eq!(send(b"lost"), Ok(()));

@@ -212,7 +212,7 @@ fn garbage_on_the_port_is_hung_up_on() {
 #[test]
 fn a_stranger_who_says_nothing_is_not_waited_for() {
     run(|env| async move {
-        let hasty = xsan_wire::Limits { connect_for: std::time::Duration::from_millis(20), ..patient() };
+        let hasty = xsan_wire::Limits { connect_for: std::time::Duration::from_millis(60), ..patient() };
         let far = pair_of(&endpoint(&env, CLIENT), &endpoint(&env, SERVER).with_limits(hasty));
         assert_eq!(stranger(&env, &far, b"XSW").await, b"");
     });
