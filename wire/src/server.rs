@@ -69,7 +69,8 @@ struct Sessions {
 }
 
 /// A server; cheap to clone. Bounds: `Limits::connections_max` connections, each with `requests_max` requests and `bytes_max`
-/// bytes (twice that if a client does not keep to them, then it is not read from).
+/// bytes (twice that if a client does not keep to them, then it is not read from). Dropping all handles ends nothing: see
+/// [`Server::stop`].
 #[derive(Clone)]
 pub struct Server(Arc<Shared>);
 
