@@ -259,7 +259,9 @@ async fn mislead(env: &Env, endpoint: &Endpoint, bytes: Vec<u8>, mut dice: Dice)
 }
 
 fn endpoint(env: &Env, node: NodeId, pool: &BufPool) -> Endpoint {
-    let limits = Limits { requests_max: 4, bytes_max: 100_000, ..Limits::default() };
+    // A lie that leaves a call without answer must not cost seconds.
+    let bulk_silence_for = Duration::from_millis(20);
+    let limits = Limits { requests_max: 4, bytes_max: 100_000, bulk_silence_for, ..Limits::default() };
     Endpoint::new(env, pool.clone(), CLUSTER, node).with_limits(limits)
 }
 
