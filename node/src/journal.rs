@@ -393,11 +393,11 @@ impl Device {
                 let mut inner = device.lock();
                 let old_set = |set: &SetId| match view.set {
                     Some(registered) => *set < registered,
-                    None => set.generation <= view.generation,
+                    None => set.generation < view.generation,
                 };
                 let old_shard = |generation: Generation| match view.set {
                     Some(registered) => generation < registered.generation,
-                    None => generation <= view.generation,
+                    None => generation < view.generation,
                 };
                 // Closed first: no append may begin in space that is about to be free.
                 let below = inner.closed_below.entry(view.volume).or_insert(view.generation);

@@ -390,6 +390,29 @@ fn a_full_device_says_so_and_seals_go_on() {
     });
 }
 
+/// Found by the simulated cluster: a register that was taken and has no set yet looked like one that was handed over, and nodes that learned of
+/// it late freed the members of the set that had been registered meanwhile.
+#[test]
+fn an_old_view_of_the_register_frees_nothing_that_was_made_later() {
+    run(|env| async move {
+        let bench = Bench::new(&env, 64 << 20).await;
+        let node = bench.open(&env).await;
+        let at = member(&node).await.unwrap();
+        node.append(at, segment(1), 0, bytes(1, 4096)).await.unwrap();
+        let incarnation = node.devices().await.unwrap()[0].incarnation;
+        let rows = ShardId { segment: segment(77), index: Index(1) };
+        node.append_shard(DEVICE, incarnation, rows, 0, vec![bytes(3, 65536)]).await.unwrap();
+        let used = node.devices().await.unwrap()[0].used;
+        let taken = |generation| RegisterView { volume: VOLUME, generation, set: None, deleted: false };
+        node.registered(taken(at.set.generation)).await.unwrap();
+        node.append(at, segment(1), 4096, bytes(2, 4096)).await.expect("its set may be registered by now");
+        node.append_shard(DEVICE, incarnation, rows, 65536, vec![bytes(3, 65536)]).await.expect("and its rows count");
+        assert_eq!(node.devices().await.unwrap()[0].used, used);
+        node.registered(taken(at.set.generation.next())).await.unwrap();
+        assert_eq!(node.devices().await.unwrap()[0].used, 0, "what the next owner finds handed over is garbage");
+    });
+}
+
 #[test]
 fn a_deleted_volume_gives_all_its_space_back_at_once() {
     run(|env| async move {

@@ -117,7 +117,8 @@ pub struct FlushRequest {
     pub shards: Vec<(ShardId, u64)>,
 }
 
-/// What a node learns of a register so that it can free what no longer counts (P2, P5).
+/// What a node learns of a register so that it can free what no longer counts (P2, P5). It may be as old as it likes: what is garbage
+/// once is so for ever, and what is made later is never named by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegisterView {
     /// The volume.
@@ -125,7 +126,8 @@ pub struct RegisterView {
     /// Generation in the register.
     pub generation: Generation,
     /// The registered set; members of older sets and open shards of older generations than the set's are garbage. `None`:
-    /// all of them up to `generation` are.
+    /// those of generations below `generation` are. (Of that generation itself nobody knows: its owner may have taken the volume and
+    /// made a set that it has not registered yet.)
     pub set: Option<SetId>,
     /// The volume is retired: everything of it is garbage.
     pub deleted: bool,

@@ -335,7 +335,7 @@ impl State {
         let stale = |set: SetId| match view.set {
             _ if view.deleted => true,
             Some(registered) => set < registered,
-            None => set.generation <= view.generation,
+            None => set.generation < view.generation,
         };
         for device in self.devices.values_mut().filter(|device| device.up) {
             device.members.retain(|&(volume, set), _| volume != view.volume || !stale(set));

@@ -211,8 +211,9 @@ impl Writer {
         let result = self.register_change(RegisterChange::Set(None)).await;
         let outcome = match result {
             Ok(register) => {
-                let view =
-                    RegisterView { volume: self.shared.id, generation: register.generation, set: None, deleted: false };
+                // Nobody but this owner can say it of its own generation: in the register it looks like one that has just been taken.
+                let generation = register.generation.next();
+                let view = RegisterView { volume: self.shared.id, generation, set: None, deleted: false };
                 let _ = self.shared.store.registered(view).await;
                 Ok(())
             }
