@@ -20,8 +20,11 @@ fn noise(seed: u64, lead: usize, len: usize) -> Vec<u8> {
     (0..lead + len).map(|_| next()).collect()
 }
 
+/// Parity shards, and the shards that were rebuilt wrong.
+type Shards = (Vec<Vec<u8>>, Vec<Vec<u8>>);
+
 /// Parity by `codec`, then every shard rebuilt from the last k ones.
-fn shards(codec: &Codec, data: &[&[u8]]) -> Result<(Vec<Vec<u8>>, Vec<Vec<u8>>), xsan_erasure::Error> {
+fn shards(codec: &Codec, data: &[&[u8]]) -> Result<Shards, xsan_erasure::Error> {
     let (k, m, len) = (data.len(), codec.scheme().tolerates(), data[0].len());
     let mut parity = vec![vec![0xA5; len]; m];
     codec.encode(data, &mut parity.iter_mut().map(Vec::as_mut_slice).collect::<Vec<_>>())?;
