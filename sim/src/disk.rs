@@ -47,10 +47,15 @@ impl HostStorage {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An empty disk takes the place of the one before.
-    pub fn replace(&self) {
-        let fresh = Held { disk: (self.make)(), index: Arc::default() };
-        *self.held() = fresh;
+    /// An empty disk for [`HostStorage::replace`].
+    #[must_use]
+    pub fn spare(&self) -> MemoryDisk {
+        (self.make)()
+    }
+
+    /// Another disk, formatted by now, takes the place of the one before.
+    pub fn replace(&self, disk: MemoryDisk) {
+        *self.held() = Held { disk, index: Arc::default() };
     }
 
     /// What a starting process opens.

@@ -7,16 +7,18 @@
 //! Fault model now: a process ends at any await (of a gateway, a node, the metadata); a host loses power (unflushed sectors stay
 //! or not, each for itself; unsynced files keep a prefix) or its disk; all hosts lose power at once; a disk stalls, fails a request, rots,
 //! lies about a request or puts it elsewhere; clocks run fast and slow; a call to a node is delayed, reordered, lost, done
-//! without an answer, or done after it was given up; a second gateway takes the volume over while the first still runs. README.md
+//! without an answer, or done after it was given up; a second gateway takes the volume over while the first still runs; messages
+//! between the replicas of the metadata are lost, doubled, and cut off one way. README.md
 //! says what is missing.
 //!
-//! Reading order: [`executor`], [`disk`], [`link`], [`world`], [`model`], [`workload`], [`budget`], [`planner`], [`run`].
+//! Reading order: [`executor`], [`disk`], [`link`], [`meta`], [`world`], [`model`], [`workload`], [`budget`], [`planner`], [`run`].
 #![forbid(unsafe_code)]
 
 pub mod budget;
 pub mod disk;
 pub mod executor;
 pub mod link;
+pub mod meta;
 pub mod model;
 pub mod planner;
 pub mod run;

@@ -8,6 +8,7 @@
 use crate::executor::{Dice, Executor};
 use futures::FutureExt;
 use raft_meta::{Command, Consensus, MetaError, MetaState, Outcome};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -343,11 +344,14 @@ impl NodeApi for NodeLink {
     }
 }
 
-/// The metadata as gateways reach it.
+/// Replicas that run, by number, with their processes.
+type Replicas = BTreeMap<usize, (Env, Arc<dyn Consensus>)>;
+
+/// The metadata as gateways reach it: a call goes to any replica that runs.
 pub struct MetaLink {
     way: Arc<Way>,
-    behind: Mutex<Option<(Env, Arc<dyn Consensus>)>>,
-    /// The last state seen, for when nothing is behind.
+    behind: Mutex<Replicas>,
+    /// The newest state seen, for when nothing is behind, or only replicas that are behind themselves.
     seen: Mutex<Arc<MetaState>>,
 }
 
@@ -355,24 +359,31 @@ impl MetaLink {
     /// The state `seen` is shown until something is behind.
     #[must_use]
     pub fn new(way: Way, seen: Arc<MetaState>) -> Self {
-        Self { way: Arc::new(way), behind: Mutex::new(None), seen: Mutex::new(seen) }
+        Self { way: Arc::new(way), behind: Mutex::default(), seen: Mutex::new(seen) }
     }
 
-    fn behind(&self) -> MutexGuard<'_, Option<(Env, Arc<dyn Consensus>)>> {
+    fn behind(&self) -> MutexGuard<'_, Replicas> {
         self.behind.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The replica runs, in the process of `env`.
-    pub fn start(&self, env: Env, replica: Arc<dyn Consensus>) {
-        *self.behind() = Some((env, replica));
+    /// The replica `at` runs, in the process of `env`.
+    pub fn start(&self, at: usize, env: Env, replica: Arc<dyn Consensus>) {
+        self.behind().insert(at, (env, replica));
     }
 
-    /// The replica is gone.
-    pub fn stop(&self) {
-        let seen = self.view();
-        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = seen;
-        let gone = self.behind().take();
+    /// The replica `at` is gone.
+    pub fn stop(&self, at: usize) {
+        // What it knew stays known.
+        self.view();
+        let gone = self.behind().remove(&at);
         drop(gone);
+    }
+
+    /// The replica that has applied most.
+    fn newest(&self) -> Option<Arc<dyn Consensus>> {
+        let behind = self.behind();
+        let newest = behind.values().max_by_key(|(_, replica)| *replica.subscribe().borrow());
+        newest.map(|(_, replica)| Arc::clone(replica))
     }
 
     fn call<T: Send + 'static>(
@@ -380,10 +391,12 @@ impl MetaLink {
         what: &'static str,
         call: impl FnOnce(&dyn Consensus) -> BoxFuture<'static, Result<T, MetaError>> + Send + 'static,
     ) -> BoxFuture<'static, Result<T, MetaError>> {
-        let (env, replica) = match &*self.behind() {
-            Some((env, replica)) => (Some(env.clone()), Some(Arc::clone(replica))),
-            None => (None, None),
+        let chosen = {
+            let behind = self.behind();
+            let at = self.way.dice().below(behind.len() as u64) as usize;
+            behind.values().nth(at).cloned()
         };
+        let (env, replica) = chosen.unzip();
         let answer = self.way.call(what, env, move || match replica {
             Some(replica) => call(&*replica),
             None => Box::pin(std::future::ready(Err(MetaError::NoAnswer))),
@@ -402,17 +415,19 @@ impl Consensus for MetaLink {
     }
 
     fn view(&self) -> Arc<MetaState> {
-        match &*self.behind() {
-            Some((_, replica)) => replica.view(),
-            None => Arc::clone(&self.seen.lock().unwrap_or_else(PoisonError::into_inner)),
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(replica) = self.newest() {
+            let view = replica.view();
+            // The map never goes back.
+            if view.epoch >= seen.epoch {
+                *seen = view;
+            }
         }
+        Arc::clone(&seen)
     }
 
     fn subscribe(&self) -> watch::Receiver<u64> {
-        match &*self.behind() {
-            Some((_, replica)) => replica.subscribe(),
-            None => watch::channel(0).1,
-        }
+        self.newest().map_or_else(|| watch::channel(0).1, |replica| replica.subscribe())
     }
 
     fn snapshot(&self) -> BoxFuture<'static, Result<u64, MetaError>> {

@@ -2,6 +2,7 @@
 
 use crate::budget::Budget;
 use crate::executor::Dice;
+use crate::meta::REPLICAS;
 use crate::workload;
 use crate::world::{Gateway, Host, Tally, World, read_bytes};
 use lsm_block::Volume;
@@ -56,7 +57,7 @@ impl Planner {
             54..=63 => self.heal().await,
             64..=69 => self.restart_everything(false).await,
             70..=78 => self.restart_everything(true).await,
-            79..=82 => self.restart_meta().await,
+            79..=82 => self.disturb_meta().await,
             83..=88 => self.stall_disk(),
             89..=91 => self.fail_disk(),
             92 => self.replace_disk().await,
@@ -226,7 +227,6 @@ impl Planner {
         }
         self.budget.damaged(number);
         let host = &self.world.hosts[host];
-        self.world.stop_node(host, true);
         self.world.replace_disk(host).await;
         self.world.start_node(host, self.budget.is_rotten(number)).await;
     }
@@ -245,12 +245,29 @@ impl Planner {
         }
     }
 
-    async fn restart_meta(&mut self) {
-        self.note("fault: the metadata crashes");
-        self.world.stop_meta(self.dice.chance(300));
-        let pause = Duration::from_micros(self.dice.skewed(1_000_000));
-        self.world.env.sleep(pause).await;
-        self.world.start_meta().await;
+    /// Some replicas of the metadata end or lose power, or do not hear each other for a while: what it answered, it keeps.
+    async fn disturb_meta(&mut self) {
+        let pause = Duration::from_micros(self.dice.skewed(4_000_000));
+        if self.dice.chance(300) {
+            for _ in 0..self.dice.between(1, 4) {
+                let (from, to) = (self.dice.below(REPLICAS as u64), self.dice.below(REPLICAS as u64));
+                self.world.executor.note(|| format!("fault: replica {from} of the metadata is not heard by {to}"));
+                self.world.meta.cut(from as usize, to as usize);
+            }
+        } else {
+            let power = self.dice.chance(300);
+            let (first, count) = (self.dice.below(REPLICAS as u64), 1 + self.dice.skewed(2));
+            for at in first..first + count {
+                let at = at as usize % REPLICAS;
+                self.world.executor.note(|| format!("fault: replica {at} of the metadata crashes (power: {power})"));
+                self.world.stop_meta_replica(at, power);
+            }
+        }
+        let world = Arc::clone(&self.world);
+        drop(self.world.env.spawn("the metadata comes back", async move {
+            world.env.sleep(pause).await;
+            world.start_meta().await;
+        }));
     }
 
     /// All processes end, or all hosts lose power; they come back in any order.
@@ -269,15 +286,20 @@ impl Planner {
         let mut hosts: Vec<usize> = (0..self.world.hosts.len()).collect();
         let early = self.dice.below(hosts.len() as u64 + 1);
         for started in 0..hosts.len() {
+            let host = hosts.swap_remove(self.dice.below(hosts.len() as u64) as usize);
+            let number = self.world.hosts[host].number;
+            let stays_away = self.budget.is_touched(number) && self.dice.chance(300);
             if started as u64 == early {
                 self.new_gateway();
             }
-            let host = hosts.swap_remove(self.dice.below(hosts.len() as u64) as usize);
-            let host = &self.world.hosts[host];
-            if self.budget.is_touched(host.number) && self.dice.chance(300) {
+            // The take-over seals without the hosts that come later than the gateway.
+            if started as u64 >= early {
+                self.budget.leaves(number);
+            }
+            if stays_away {
                 continue;
             }
-            self.world.start_node(host, self.budget.is_rotten(host.number)).await;
+            self.world.start_node(&self.world.hosts[host], self.budget.is_rotten(number)).await;
             let pause = Duration::from_micros(self.dice.skewed(100_000));
             self.world.env.sleep(pause).await;
         }
@@ -334,6 +356,9 @@ impl Planner {
             }
             let status = volume.status();
             let is_whole = status.segments_with_holes == 0 && status.members.len() == status.members_wanted;
+            if self.world.meta.disagreement().is_some() {
+                continue;
+            }
             if is_whole && (!self.world.quiet.load(Ordering::Relaxed) || self.nothing_left_behind(&volume).await) {
                 return;
             }
@@ -390,7 +415,8 @@ impl Planner {
             .collect();
         let held = held.len();
         world.missing(format!(
-            "{when} not whole within {HEAL_MAX:?}: {held} segments held, shards missing: {missing:?}, {status:?}"
+            "{when} not whole within {HEAL_MAX:?}: {held} segments held, shards missing: {missing:?}, {status:?}, metadata: {:?}",
+            world.meta.disagreement()
         ));
         false
     }

@@ -3,17 +3,17 @@
 
 use crate::disk::HostStorage;
 use crate::executor::{Dice, Executor, Owner, WORLD};
-use crate::link::{Canary, MetaLink, NodeLink, Way, Weather};
+use crate::link::{Canary, NodeLink, Way, Weather};
+use crate::meta::{MetaGroup, REPLICAS};
 use crate::model::Model;
 use futures::FutureExt;
 use lsm_block::index::PageCache;
 use lsm_block::{AckPolicy, Piece, Registers, Tuning, Volume, VolumeConfig, VolumeError};
-use raft_meta::{Command, Consensus, MetaState, Name, NodeState, Outcome, RegisterClient, SingleReplica};
+use raft_meta::{Command, Consensus, MetaState, Name, NodeState, Outcome, RegisterClient};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use xsan_env::file::MemoryDirectory;
 use xsan_env::runtime::BoxFuture;
 use xsan_env::{BufPool, Env};
 use xsan_node::{DeviceIdentity, Node, NodeConfig};
@@ -159,9 +159,8 @@ pub struct World {
     pub quiet: AtomicBool,
     /// The hosts with storage.
     pub hosts: Vec<Host>,
-    meta: Arc<MetaLink>,
-    meta_files: MemoryDirectory,
-    meta_process: Mutex<Option<Owner>>,
+    /// The metadata.
+    pub meta: MetaGroup,
     pool: PoolId,
     volume: VolumeId,
     gateways: Mutex<Vec<Arc<Gateway>>>,
@@ -199,27 +198,20 @@ impl World {
         executor.note(|| format!("{shape:?}"));
         let env = executor.env(WORLD, 1);
         let weather = Arc::new(Weather::default());
-        let meta_files = MemoryDirectory::new();
-        // Made by a first process that ends; the run starts with another one.
-        let first = executor.env(Owner(1), 1);
-        let genesis = || MetaState::new(CLUSTER, false);
-        let files = Arc::new(meta_files.clone());
-        let replica = SingleReplica::open_or_create(&first, files, raft_meta::Options::default(), genesis).await;
-        let replica = replica.expect("fresh metadata");
         let way = |dice: &mut Dice, name: &str| Way::new(executor, &env, &weather, Dice::new(dice.word()), name);
+        let genesis = MetaState::new(CLUSTER, false);
+        let (meta_way, meta_dice) = (way(dice, "to meta"), Dice::new(dice.word()));
+        let meta = MetaGroup::new(executor, &env, &weather, meta_way, meta_dice, genesis.clone());
+        meta.start(0, Owner(1), Some(genesis)).await.expect("fresh metadata");
         let mut hosts = Vec::new();
         for number in 1..=NODES as u64 {
             let link = Arc::new(NodeLink::new(way(dice, &format!("to n{number}")), canary));
-            hosts.push(make_host(&env, &replica, link, number, &shape).await);
+            hosts.push(make_host(&env, &**meta.link(), link, number, &shape).await);
         }
-        let (pool, volume) = make_volume(&replica, &shape).await;
-        let seen = replica.view();
-        replica.close().await;
-        executor.kill(Owner(1));
-        meta_files.crash_process();
+        let (pool, volume) = make_volume(&**meta.link(), &shape).await;
         let world = Arc::new(Self {
             executor: executor.clone(),
-            meta: Arc::new(MetaLink::new(way(dice, "to meta"), seen)),
+            meta,
             env,
             shape,
             model: Mutex::new(Model::new(VOLUME_BYTES, beyond)),
@@ -228,8 +220,6 @@ impl World {
             tally: Tally::default(),
             quiet: AtomicBool::new(false),
             hosts,
-            meta_files,
-            meta_process: Mutex::new(None),
             pool,
             volume,
             gateways: Mutex::new(Vec::new()),
@@ -237,6 +227,7 @@ impl World {
             dice: Mutex::new(Dice::new(dice.word())),
         });
         world.start_meta().await;
+        world.meta.gather().await;
         for host in &world.hosts {
             world.start_node(host, false).await;
         }
@@ -268,32 +259,30 @@ impl World {
 
     // --- Metadata ---
 
-    /// Starts the metadata, if it does not run.
+    /// Starts all replicas of the metadata that do not run.
     pub async fn start_meta(&self) {
-        if lock(&self.meta_process).is_some() {
-            return;
-        }
-        let owner = self.new_owner();
-        let env = self.executor.env(owner, 1);
-        *lock(&self.meta_process) = Some(owner);
-        let files = Arc::new(self.meta_files.clone());
-        match SingleReplica::open(&env, files, raft_meta::Options::default()).await {
-            Ok(replica) => self.meta.start(env, Arc::new(replica)),
-            Err(error) => self.executor.fail(format!("the metadata does not open: {error}")),
+        self.meta.join_again();
+        for at in 0..REPLICAS {
+            self.start_meta_replica(at).await;
         }
     }
 
-    /// Ends the metadata's process; with `power` its host.
-    pub fn stop_meta(&self, power: bool) {
-        let process = lock(&self.meta_process).take();
-        self.meta.stop();
-        if let Some(owner) = process {
-            self.executor.kill(owner);
+    /// Starts one replica of the metadata, if it does not run.
+    pub async fn start_meta_replica(&self, at: usize) {
+        if let Err(error) = self.meta.start(at, self.new_owner(), None).await {
+            self.executor.fail(format!("replica {at} of the metadata does not open: {error}"));
         }
-        if power {
-            self.meta_files.power_off(self.random());
-        } else {
-            self.meta_files.crash_process();
+    }
+
+    /// Ends one replica's process; with `power` its host.
+    pub fn stop_meta_replica(&self, at: usize, power: bool) {
+        self.meta.stop(at, power.then(|| self.random()));
+    }
+
+    /// Ends all of them.
+    pub fn stop_meta(&self, power: bool) {
+        for at in 0..REPLICAS {
+            self.stop_meta_replica(at, power);
         }
     }
 
@@ -346,12 +335,14 @@ impl World {
         Ok(())
     }
 
-    /// An empty disk takes the place of a host's, whose node does not run.
+    /// A fresh disk takes the place of a host's. Its node ends, and starts by [`World::start_node`].
     pub async fn replace_disk(&self, host: &Host) {
-        self.executor.note(|| format!("n{} gets an empty disk", host.number));
-        host.storage.replace();
+        let spare = host.storage.spare();
         let identity = DeviceIdentity { cluster: CLUSTER, node: host.id, device: host.device };
-        Node::format(&self.env, &host.storage.open_disk(), identity).await.expect("a fresh disk");
+        Node::format(&self.env, &spare.open(), identity).await.expect("a fresh disk");
+        self.executor.note(|| format!("n{} gets an empty disk", host.number));
+        self.stop_node(host, true);
+        host.storage.replace(spare);
     }
 
     /// Ends a host's node; with `power` the host loses power. The map learns of it by [`World::believe`].
@@ -421,7 +412,7 @@ impl World {
         if std::mem::replace(&mut lock(&host.state).believed_up, up) != up {
             let state = if up { NodeState::Up } else { NodeState::Down };
             // Lost or refused: the view below says it all the same.
-            let asked = self.meta.propose(Command::SetNodeState { node: host.id, state }).await;
+            let asked = self.meta.link().propose(Command::SetNodeState { node: host.id, state }).await;
             if asked.is_err() {
                 self.executor.note(|| format!("the metadata does not learn that n{} is {state:?}", host.number));
             }
@@ -440,7 +431,7 @@ impl World {
     }
 
     fn pool_view(&self) -> Arc<PoolView> {
-        let view = self.meta.view();
+        let view = self.meta.link().view();
         let mut devices = BTreeMap::new();
         for host in &self.hosts {
             let device = DeviceView {
@@ -457,7 +448,7 @@ impl World {
     }
 
     async fn tell_registers(&self, host: &Host) {
-        let view = self.meta.view();
+        let view = self.meta.link().view();
         let registers: Vec<RegisterView> = view.volumes.values().map(raft_meta::Volume::register_view).collect();
         for register in registers {
             if register.generation.0 > 0 && host.link.registered(register).await.is_err() {
@@ -510,7 +501,7 @@ impl World {
                 env: gateway.env.clone(),
                 buffers: gateway.buffers.clone(),
                 store: Arc::new(gateway.pool.clone()),
-                registers: Arc::new(MetaRegisters(RegisterClient::new(Arc::clone(&self.meta) as Arc<dyn Consensus>))),
+                registers: Arc::new(MetaRegisters(RegisterClient::new(Arc::clone(self.meta.link()) as Arc<dyn Consensus>))),
                 cache: Arc::new(PageCache::new(1 << 20)),
                 ack: self.shape.ack,
                 tuning: self.shape.tuning,
@@ -571,7 +562,7 @@ pub async fn read_bytes(volume: &Volume, offset: u64, length: u64) -> Result<Vec
     Ok(bytes)
 }
 
-async fn make_host(env: &Env, meta: &SingleReplica, link: Arc<NodeLink>, number: u64, shape: &Shape) -> Host {
+async fn make_host(env: &Env, meta: &dyn Consensus, link: Arc<NodeLink>, number: u64, shape: &Shape) -> Host {
     let name = |name: String| name.parse::<Name>().expect("a valid name");
     let command =
         Command::AddNode { name: name(format!("n{number}")), host: name(format!("h{number}")), rack: None, zone: None };
@@ -587,7 +578,7 @@ async fn make_host(env: &Env, meta: &SingleReplica, link: Arc<NodeLink>, number:
     Host { number, link, storage, id, device, state: Mutex::new(state) }
 }
 
-async fn make_volume(meta: &SingleReplica, shape: &Shape) -> (PoolId, VolumeId) {
+async fn make_volume(meta: &dyn Consensus, shape: &Shape) -> (PoolId, VolumeId) {
     let ack = match shape.ack {
         AckPolicy::Replicated => raft_meta::AckPolicy::Replicated,
         _ => raft_meta::AckPolicy::Persisted,
