@@ -21,7 +21,7 @@ impl MetaState {
     /// Why it was refused; the state is unchanged then.
     pub fn apply(&mut self, command: &Command) -> Result<Outcome, MetaError> {
         match command {
-            Command::AddNode { name, host, rack, zone } => self.add_node(name, host, rack, zone),
+            Command::AddNode { name, host, rack, zone } => self.add_node(name, host, rack, zone).map(Outcome::Node),
             Command::AddDevice { device, node, capacity } => self.add_device(*device, *node, *capacity),
             Command::SetNodeState { node, state } => self.set_node_state(*node, *state),
             Command::SetDeviceState { device, state } => self.set_device_state(*device, *state),
@@ -53,21 +53,29 @@ impl MetaState {
                 let writer = Writer { generation: *generation, version: *version, token: *token, digest };
                 self.change_register(*volume, writer, Change::Unpin(*segment))
             }
+            Command::SetAuthority(_)
+            | Command::AddToken { .. }
+            | Command::RevokeToken { .. }
+            | Command::AdmitNode(_)
+            | Command::SetNodeAddress { .. }
+            | Command::RenameNode { .. }
+            | Command::ReportNode { .. }
+            | Command::VolumeServed { .. } => self.apply_host(command),
         }
     }
 
     /// The cluster map changed.
-    fn bump_epoch(&mut self) {
+    pub(crate) fn bump_epoch(&mut self) {
         self.epoch = self.epoch.next();
     }
 
-    fn add_node(
+    pub(crate) fn add_node(
         &mut self,
         name: &Name,
         host: &Name,
         rack: &Option<Name>,
         zone: &Option<Name>,
-    ) -> Result<Outcome, MetaError> {
+    ) -> Result<NodeId, MetaError> {
         if self.node_named(name.as_str()).is_some() {
             return Err(MetaError::NameTaken);
         }
@@ -89,7 +97,7 @@ impl MetaState {
         };
         self.nodes.insert(id, node);
         self.bump_epoch();
-        Ok(Outcome::Node(id))
+        Ok(id)
     }
 
     fn add_device(&mut self, device: DeviceId, node: NodeId, capacity: u64) -> Result<Outcome, MetaError> {
@@ -107,7 +115,7 @@ impl MetaState {
         Ok(Outcome::Done)
     }
 
-    fn set_node_state(&mut self, id: NodeId, to: NodeState) -> Result<Outcome, MetaError> {
+    pub(crate) fn set_node_state(&mut self, id: NodeId, to: NodeState) -> Result<Outcome, MetaError> {
         let from = self.node(id).ok_or(MetaError::NoNode(id))?.state;
         if from == to {
             return Ok(Outcome::Done);
@@ -121,6 +129,7 @@ impl MetaState {
                 return Err(MetaError::DeviceInUse(device.id));
             }
             self.devices.retain(|_, device| device.node != id);
+            self.hosts.nodes.remove(&id);
         }
         if let Some(node) = self.nodes.get_mut(&id) {
             node.state = to;
@@ -261,6 +270,7 @@ impl MetaState {
         let register = volume.register.change(id, writer, change)?.clone();
         if volume.is_deleted() && self.volume_names.get(&volume.name) == Some(&id) {
             self.volume_names.remove(&volume.name);
+            self.hosts.served.remove(&id);
         }
         Ok(Outcome::Register(register))
     }
@@ -300,6 +310,9 @@ impl MetaState {
                 && set.generation <= register.generation;
             rule(holds, BrokenRule::Volume(*id))?;
         }
+        for id in self.hosts.nodes.keys() {
+            rule(self.node(*id).is_some(), BrokenRule::Host(*id))?;
+        }
         let open = self.volumes.values().filter(|volume| !volume.is_deleted()).count();
         rule(open == self.volume_names.len(), BrokenRule::Names)?;
         self.topology().map(|_| ()).map_err(BrokenRule::Topology)
@@ -313,6 +326,9 @@ pub enum BrokenRule {
     /// A node's id.
     #[error("{0} is filed under another id or newer than the next one")]
     NodeId(NodeId),
+    /// What is known of the host of a node that is not known.
+    #[error("{0} has a host and is no node")]
+    Host(NodeId),
     /// A device without a node or capacity.
     #[error("device {0} has no node or no capacity")]
     Device(DeviceId),

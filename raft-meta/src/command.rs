@@ -1,5 +1,6 @@
 //! What can be asked of the metadata. Stored in the log: see docs/format/meta.md before touching a variant.
 
+use crate::hosts::{Authority, Candidacy, TokenRecord};
 use crate::name::Name;
 use crate::state::{AckPolicy, NodeState};
 use serde::{Deserialize, Serialize};
@@ -143,6 +144,60 @@ pub enum Command {
         token: ChangeToken,
         /// Segment of the pinned root.
         segment: SegmentName,
+    },
+    /// The cluster's certificate authority; once.
+    SetAuthority(Authority),
+    /// Makes a join token. Its secret never comes here.
+    AddToken {
+        /// Drawn at random by whoever makes it.
+        number: u64,
+        /// What is kept of it.
+        token: TokenRecord,
+        /// The wall clock of whoever makes it: expired tokens are forgotten.
+        now_millis: u64,
+    },
+    /// A token lets nobody in any more.
+    RevokeToken {
+        /// Which.
+        number: u64,
+    },
+    /// A host joins (state joining). The same request again changes nothing. Answer: [`Outcome::Node`].
+    AdmitNode(Candidacy),
+    /// A node listens elsewhere.
+    SetNodeAddress {
+        /// Which.
+        node: NodeId,
+        /// `host:port`.
+        address: String,
+    },
+    /// Gives a node another name.
+    RenameNode {
+        /// Which.
+        node: NodeId,
+        /// Its new name.
+        name: Name,
+    },
+    /// A node was seen to be in another state than the metadata says.
+    ReportNode {
+        /// Which.
+        node: NodeId,
+        /// What the metadata said then: refused if it says something else by now.
+        from: NodeState,
+        /// What was seen.
+        to: NodeState,
+        /// When, milliseconds since 1970.
+        now_millis: u64,
+        /// Why, for people.
+        reason: String,
+    },
+    /// A node took a volume over, or let it go. Refused if a newer generation was noted.
+    VolumeServed {
+        /// Which.
+        volume: VolumeId,
+        /// The ownership.
+        generation: Generation,
+        /// Who; `None`: nobody any more.
+        node: Option<NodeId>,
     },
 }
 

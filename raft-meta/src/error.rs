@@ -71,6 +71,33 @@ pub enum MetaError {
         /// Its encoded size.
         bytes: usize,
     },
+    /// A text or key is longer than the metadata takes.
+    #[error("a text is longer than {max} bytes", max = crate::hosts::TEXT_BYTES_MAX)]
+    TextTooLong,
+    /// The cluster has another authority.
+    #[error("the cluster has a certificate authority already")]
+    AuthorityKnown,
+    /// No such token, or it was revoked, or its secret is another one.
+    #[error("the cluster does not know the token, or it was revoked")]
+    TokenUnknown,
+    /// The token's time is over.
+    #[error("the token has expired")]
+    TokenExpired,
+    /// The token has let in as many nodes as it may.
+    #[error("the token was used as often as it may be")]
+    TokenUsedUp,
+    /// Another token has the number.
+    #[error("another token has this number")]
+    TokenKnown,
+    /// Too many tokens that are still good.
+    #[error("there are too many tokens: revoke some")]
+    TooManyTokens,
+    /// A node that is not down cannot be replaced.
+    #[error("{0} is not down: it cannot be replaced")]
+    NotDown(NodeId),
+    /// The metadata has changed since the command was decided.
+    #[error("the metadata has changed meanwhile")]
+    Outdated,
     /// The log did not confirm: the command may or may not take effect. Repeat it (registers: with the same token).
     #[error("the metadata log did not answer")]
     NoAnswer,
@@ -84,7 +111,8 @@ impl MetaError {
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::NameTaken | Self::DeviceKnown(_) => ErrorKind::Exists,
+            Self::NameTaken | Self::DeviceKnown(_) | Self::AuthorityKnown | Self::TokenKnown => ErrorKind::Exists,
+            Self::TokenUnknown | Self::TokenExpired | Self::TokenUsedUp => ErrorKind::Fenced,
             Self::NoNode(_) | Self::NoDevice(_) | Self::NoPool(_) | Self::NoVolume(_) => ErrorKind::NotFound,
             Self::HostElsewhere(_)
             | Self::Transition { .. }
@@ -94,6 +122,10 @@ impl MetaError {
             | Self::NotMoving
             | Self::VolumeBytes(_)
             | Self::NoCapacity
+            | Self::TextTooLong
+            | Self::TooManyTokens
+            | Self::NotDown(_)
+            | Self::Outdated
             | Self::TooLarge { .. } => ErrorKind::Invalid,
             Self::IdsExhausted => ErrorKind::Internal,
             Self::Placement(error) => error.kind(),

@@ -5,6 +5,7 @@
 
 use crate::command::Command;
 use crate::error::FormatError;
+use crate::hosts::Hosts;
 use crate::single::{LOG_FILE, SNAPSHOT_FILE};
 use crate::state::MetaState;
 use xsan_types::{ClusterId, Crc32c, crc32c};
@@ -14,7 +15,7 @@ pub const COMMAND_VERSION: u16 = 1;
 /// Newest version of the log file.
 pub const LOG_VERSION: u16 = 1;
 /// Newest version of the snapshot file.
-pub const SNAPSHOT_VERSION: u16 = 1;
+pub const SNAPSHOT_VERSION: u16 = 2;
 /// Largest encoded command.
 pub const COMMAND_BYTES_MAX: usize = 1 << 20;
 /// Largest payload of a frame; a writer closes a batch long before.
@@ -281,6 +282,21 @@ pub fn encode_snapshot(state: &MetaState, last_index: u64) -> Vec<u8> {
     bytes
 }
 
+/// The state in a snapshot of version `version`, which it fills to the end. Both kinds of snapshot count versions alike.
+///
+/// Version 1 ends before the hosts: nothing was known of any.
+pub(crate) fn decode_state(payload: &[u8], version: u16) -> Option<MetaState> {
+    let (state, rest) = if version == 1 {
+        let whole = postcard::to_extend(&Hosts::default(), payload.to_vec()).ok()?;
+        let (state, rest): (MetaState, &[u8]) = postcard::take_from_bytes(&whole).ok()?;
+        (state, rest.len())
+    } else {
+        let (state, rest): (MetaState, &[u8]) = postcard::take_from_bytes(payload).ok()?;
+        (state, rest.len())
+    };
+    (rest == 0).then_some(state)
+}
+
 /// Reads a snapshot: the state and the number of the last command in it.
 ///
 /// # Errors
@@ -297,10 +313,8 @@ pub fn decode_snapshot(bytes: &[u8]) -> Result<(MetaState, u64), FormatError> {
     if u64_at(bytes, SNAPSHOT_LENGTH_AT) != Some(payload.len() as u64) {
         return Err(content());
     }
-    let (state, rest): (MetaState, _) = postcard::take_from_bytes(payload).map_err(|_| content())?;
-    if !rest.is_empty() || state.cluster != cluster {
-        return Err(content());
-    }
+    let version = u16_at(bytes, VERSION_AT).ok_or_else(content)?;
+    let state = decode_state(payload, version).filter(|state| state.cluster == cluster).ok_or_else(content)?;
     state.check()?;
     Ok((state, index))
 }

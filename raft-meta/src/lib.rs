@@ -4,7 +4,7 @@
 //! [`MetaState::apply`] is a deterministic function of state and [`Command`], without clock, randomness or I/O. Around it
 //! stands [`Consensus`], which orders commands and makes them durable: [`RaftGroup`] (one voter or several), and
 //! [`SingleReplica`] (one log, one process; what clusters of `xsan dev` were made with). Reading order: [`state`], [`command`],
-//! [`apply`], [`register`], [`consensus`], [`single`], [`mod@format`], [`inspect`], [`mod@raft`].
+//! [`apply`], [`hosts`], [`register`], [`consensus`], [`single`], [`mod@format`], [`inspect`], [`mod@raft`].
 //!
 //! Bytes: docs/format/meta.md.
 #![forbid(unsafe_code)]
@@ -14,6 +14,7 @@ pub mod command;
 pub mod consensus;
 pub mod error;
 pub mod format;
+pub mod hosts;
 pub mod inspect;
 pub mod name;
 pub mod raft;
@@ -24,6 +25,7 @@ pub mod state;
 pub use command::{Command, Outcome};
 pub use consensus::{Consensus, RegisterClient};
 pub use error::{FormatError, MetaError};
+pub use hosts::{Authority, Candidacy, HostRecord, Hosts, Served, ShownToken, TokenRecord};
 pub use name::{Name, NameError};
 pub use raft::{GroupOptions, RaftGroup, RaftTransport, ReplicaId};
 pub use register::VolumeRegister;

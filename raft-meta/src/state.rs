@@ -1,5 +1,6 @@
 //! What the cluster knows about itself. Data and queries; every change goes through [`MetaState::apply`].
 
+use crate::hosts::Hosts;
 use crate::name::Name;
 use crate::register::VolumeRegister;
 use serde::{Deserialize, Serialize};
@@ -193,6 +194,8 @@ pub struct MetaState {
     pub(crate) next_pool: PoolId,
     /// The next volume's id.
     pub(crate) next_volume: VolumeId,
+    /// Hosts as members of the cluster.
+    pub hosts: Hosts,
 }
 
 impl MetaState {
@@ -211,6 +214,7 @@ impl MetaState {
             next_node: NodeId(1),
             next_pool: PoolId(1),
             next_volume: VolumeId(1),
+            hosts: Hosts::default(),
         }
     }
 

@@ -4,11 +4,10 @@
 //! bytes; nothing allocates more than the input is long.
 
 use crate::error::FormatError;
-use crate::format::{crc_without, seal};
+use crate::format::{crc_without, decode_state, seal};
 use crate::raft::bytes::{Put, Reader};
 use crate::raft::entry::{ENTRY_BYTES_MAX, LogEntry, NUMBER_MAX, ReplicaId, put_entry, read_entries};
 use crate::raft::machine::{Configuration, Machine, Member, Session};
-use crate::state::MetaState;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use xsan_types::{ClusterId, NodeId};
@@ -20,7 +19,7 @@ pub const RAFT_SNAPSHOT_FILE: &str = "raft.snapshot";
 /// Newest version of the log file.
 pub const RAFT_LOG_VERSION: u16 = 1;
 /// Newest version of the snapshot file.
-pub const RAFT_SNAPSHOT_VERSION: u16 = 1;
+pub const RAFT_SNAPSHOT_VERSION: u16 = 2;
 /// A frame is closed when its entries reach this size.
 pub const FRAME_ENTRIES_BYTES: usize = 4 << 20;
 /// Largest payload of a frame.
@@ -333,7 +332,9 @@ pub fn decode_raft_snapshot(bytes: &[u8]) -> Result<Machine, FormatError> {
         return Err(FormatError::Damaged { file, offset: 0 });
     }
     let content = FormatError::Content { file, offset: COMMON_BYTES as u64 };
-    let Some(machine) = read_machine(Reader::new(bytes.get(COMMON_BYTES..).unwrap_or_default())) else {
+    let version =
+        bytes.get(VERSION_AT..VERSION_AT + 2).and_then(|bytes| bytes.try_into().ok()).map_or(0, u16::from_le_bytes);
+    let Some(machine) = read_machine(Reader::new(bytes.get(COMMON_BYTES..).unwrap_or_default()), version) else {
         return Err(content);
     };
     if machine.state.cluster != cluster {
@@ -343,7 +344,7 @@ pub fn decode_raft_snapshot(bytes: &[u8]) -> Result<Machine, FormatError> {
     Ok(machine)
 }
 
-fn read_machine(mut reader: Reader<'_>) -> Option<Machine> {
+fn read_machine(mut reader: Reader<'_>, version: u16) -> Option<Machine> {
     let (index, term, digest) = (reader.u64()?, reader.u64()?, reader.u64()?);
     let configuration = Configuration {
         voters: read_replicas(&mut reader)?,
@@ -365,10 +366,9 @@ fn read_machine(mut reader: Reader<'_>) -> Option<Machine> {
         let known = members.contains_key(&replica) && sessions.insert(replica, session).is_none();
         known.then_some(())?;
     }
-    let (state, rest): (MetaState, _) = postcard::take_from_bytes(reader.rest()).ok()?;
+    let state = Arc::new(decode_state(reader.rest(), version)?);
     // A replica that has just joined knows nobody; every other one knows a voter, and the entry it stands at.
     let numbers = index <= NUMBER_MAX && term <= NUMBER_MAX && (index == 0) == (term == 0);
     let sound = numbers && configuration.is_sound() && (index == 0) == configuration.voters.is_empty();
-    let state = Arc::new(state);
-    (rest.is_empty() && sound).then_some(Machine { index, term, digest, configuration, members, sessions, state })
+    sound.then_some(Machine { index, term, digest, configuration, members, sessions, state })
 }

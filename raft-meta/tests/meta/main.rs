@@ -2,6 +2,7 @@
 
 mod durability;
 mod golden;
+mod hosts;
 mod registers;
 mod state;
 mod support;
