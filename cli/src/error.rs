@@ -5,7 +5,7 @@ use raft_meta::{FormatError, MetaError, NameError};
 use std::io;
 use std::path::PathBuf;
 use xsan_pool::PoolError;
-use xsan_types::{ErrorKind, RegisterError};
+use xsan_types::{ErrorKind, NodeId, RegisterError};
 
 /// Why a command was not done. The text says what is wrong; [`ClusterError::next_step`] what to do.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +28,32 @@ pub enum ClusterError {
         /// How many.
         clients: usize,
     },
+    /// Another node serves the volume, for clients of its own.
+    #[error("volume {name:?} is served by {node}")]
+    ServedElsewhere {
+        /// Which.
+        name: String,
+        /// Where.
+        node: String,
+    },
+    /// A volume could not be handed over in time: its next owner recovers it.
+    #[error("volume {0:?} could not be handed over in time")]
+    HandOver(String),
+    /// A node does not answer.
+    #[error("{0} does not answer")]
+    NoAnswer(NodeId),
+    /// The directory is that of no member.
+    #[error("{0} is no node of a cluster yet")]
+    NoMember(PathBuf),
+    /// The directory is that of a member.
+    #[error("{0} is a node of a cluster already")]
+    Member(PathBuf),
+    /// A disk that should become a device holds something.
+    #[error("{0} is not blank: it holds data, a file system or another device of a cluster")]
+    Used(PathBuf),
+    /// A host could not join.
+    #[error("cannot join: {0}")]
+    Join(String),
     /// The process is shutting down.
     #[error("the cluster is shutting down")]
     Closing,
@@ -99,6 +125,10 @@ impl ClusterError {
         match self {
             Self::NoVolume(_) | Self::NoPool(_) | Self::NoNode(_) => ErrorKind::NotFound,
             Self::InUse { .. } | Self::NodeCount { .. } | Self::Invalid(_) | Self::Name(_) => ErrorKind::Invalid,
+            Self::ServedElsewhere { .. } | Self::NoAnswer(_) | Self::HandOver(_) => ErrorKind::Unavailable,
+            Self::NoMember(_) => ErrorKind::NotFound,
+            Self::Member(_) | Self::Used(_) => ErrorKind::Exists,
+            Self::Join(_) => ErrorKind::Invalid,
             Self::Closing => ErrorKind::Closed,
             Self::Busy(_) => ErrorKind::Unavailable,
             Self::Node { .. } => ErrorKind::Unavailable,
@@ -122,6 +152,16 @@ impl ClusterError {
             Self::InUse { name, .. } => {
                 format!("disconnect its clients, or cut them off with `xsan volume delete {name} --force`")
             }
+            Self::ServedElsewhere { name, .. } => format!("connect there, or move it: `xsan volume attach {name}`"),
+            Self::NoAnswer(_) => "see `xsan status`".into(),
+            Self::NoMember(_) => "make a cluster with `xsan cluster init`, or join one with `xsan node join`".into(),
+            Self::Used(path) => {
+                format!(
+                    "if nothing on it is needed, wipe its start: `dd if=/dev/zero of={} bs=1M count=8`",
+                    path.display()
+                )
+            }
+            Self::Member(_) => "start it with `xsan node run`, or name another directory".into(),
             Self::Busy(dir) => {
                 format!("stop the other process, or talk to it: `xsan --admin {}`", dir.join("admin.sock").display())
             }

@@ -60,6 +60,15 @@ impl Stream {
         Self::tcp(TcpStream::connect(address).await?)
     }
 
+    /// Connects over TCP to `host:port`, looked up anew at every call.
+    ///
+    /// # Errors
+    /// Those of the operating system, with the address.
+    pub async fn connect_host(address: &str) -> io::Result<Self> {
+        let stream = TcpStream::connect(address).await;
+        Self::tcp(stream.map_err(|e| io::Error::new(e.kind(), format!("{address}: {e}")))?)
+    }
+
     /// Connects to a unix socket.
     ///
     /// # Errors

@@ -26,9 +26,13 @@ pub enum ExportError {
     /// EIO: data could not be read or written within the time allowed, or no good copy of it is left.
     #[error("input/output error")]
     Io,
-    /// ESHUTDOWN: the volume is closing or has moved to another owner.
+    /// ESHUTDOWN: the volume is closing.
     #[error("the volume is closing")]
     Shutdown,
+    /// Another owner has the volume. The client is not answered: its connection ends, so that one that connects again
+    /// sends the request again, to whoever serves the volume then.
+    #[error("the volume has moved")]
+    Moved,
 }
 
 /// Size, limits and capabilities of an export.

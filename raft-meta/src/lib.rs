@@ -12,6 +12,7 @@
 pub mod apply;
 pub mod command;
 pub mod consensus;
+pub mod detector;
 pub mod error;
 pub mod format;
 pub mod hosts;

@@ -65,6 +65,14 @@ impl VolumeRegister {
         Self { register, newest_set: SetId::default(), last: None }
     }
 
+    /// Whether the present generation had a set and gave it up (a clean hand-over): it serves no more.
+    #[must_use]
+    pub fn is_handed_over(&self) -> bool {
+        self.register.set.is_none()
+            && self.newest_set.generation == self.register.generation
+            && self.newest_set != SetId::default()
+    }
+
     /// The register.
     #[must_use]
     pub fn get(&self) -> &Register {

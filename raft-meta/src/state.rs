@@ -159,9 +159,11 @@ impl Volume {
     #[must_use]
     pub fn register_view(&self) -> RegisterView {
         let register = self.register();
+        // A generation that has given its set up is over; one that has only been taken may be about to register its first.
+        let is_over = self.register.is_handed_over();
         RegisterView {
             volume: self.id,
-            generation: register.generation,
+            generation: if is_over { register.generation.next() } else { register.generation },
             set: register.set.as_ref().map(|set| set.id),
             deleted: self.is_deleted(),
         }

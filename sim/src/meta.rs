@@ -86,7 +86,14 @@ impl Post {
 impl MetaGroup {
     /// A group without a running replica; the state `seen` is shown until one runs.
     #[must_use]
-    pub fn new(executor: &Executor, world: &Env, weather: &Arc<Weather>, way: Way, dice: Dice, seen: MetaState) -> Self {
+    pub fn new(
+        executor: &Executor,
+        world: &Env,
+        weather: &Arc<Weather>,
+        way: Way,
+        dice: Dice,
+        seen: MetaState,
+    ) -> Self {
         let post = Post {
             world: world.clone(),
             weather: Arc::clone(weather),
@@ -150,7 +157,8 @@ impl MetaGroup {
         self.link.stop(at);
         let gone: Vec<_> = {
             let mut running = lock(&self.post.running);
-            let ids: Vec<ReplicaId> = running.iter().filter(|(_, (other, _))| *other == at).map(|(&id, _)| id).collect();
+            let ids: Vec<ReplicaId> =
+                running.iter().filter(|(_, (other, _))| *other == at).map(|(&id, _)| id).collect();
             ids.into_iter().filter_map(|id| running.remove(&id)).collect()
         };
         if let Some(owner) = lock(&replica.process).take() {

@@ -501,7 +501,9 @@ impl World {
                 env: gateway.env.clone(),
                 buffers: gateway.buffers.clone(),
                 store: Arc::new(gateway.pool.clone()),
-                registers: Arc::new(MetaRegisters(RegisterClient::new(Arc::clone(self.meta.link()) as Arc<dyn Consensus>))),
+                registers: Arc::new(MetaRegisters(RegisterClient::new(
+                    Arc::clone(self.meta.link()) as Arc<dyn Consensus>
+                ))),
                 cache: Arc::new(PageCache::new(1 << 20)),
                 ack: self.shape.ack,
                 tuning: self.shape.tuning,

@@ -9,6 +9,7 @@
 //! because a host booted with a wrong clock, has lost more than it won. A node's trust ends when the membership
 //! removes it ([`crate::service::Services::with_admission`]).
 
+use crate::join::JOIN_ALPN;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, PublicKeyData, SignatureAlgorithm,
@@ -56,6 +57,9 @@ pub enum IdentityError {
     /// Not an uncompressed point of P-256.
     #[error("not a public key of a node")]
     PublicKey,
+    /// The operating system gives no random bytes.
+    #[error("the operating system gives no random bytes")]
+    Random,
     /// A certificate without a node's name in it.
     #[error("the certificate is not that of a node of this cluster")]
     NoNode,
@@ -217,6 +221,8 @@ pub struct Tls {
     cluster: ClusterId,
     pub(crate) client: Arc<ClientConfig>,
     pub(crate) server: Arc<ServerConfig>,
+    /// For hosts that have no certificate yet.
+    pub(crate) join: Arc<ServerConfig>,
 }
 
 impl fmt::Debug for Tls {
@@ -244,17 +250,18 @@ impl Tls {
         // A wrong file is found here, not by the first peer.
         certified_node(&certificate, cluster)?;
         let mut roots = RootCertStore::empty();
-        roots.add(ca)?;
+        roots.add(ca.clone())?;
         let roots = Arc::new(roots);
         let (provider, clock) = (provider(), Arc::new(Clock(env.clone())));
         let client = client_config(&provider, &clock, &roots, certificate.clone(), key.clone_key())?;
+        let join = join_config(&provider, &clock, vec![certificate.clone(), ca], key.clone_key())?;
         let server = server_config(&provider, &clock, &roots, certificate, key)?;
-        Ok(Arc::new(Self { cluster, client: Arc::new(client), server: Arc::new(server) }))
+        Ok(Arc::new(Self { cluster, client: Arc::new(client), server: Arc::new(server), join: Arc::new(join) }))
     }
 
     /// The name that the certificate of `node` must have.
     pub(crate) fn name_of(&self, node: NodeId) -> Option<ServerName<'static>> {
-        ServerName::try_from(node_name(self.cluster, node)).ok()
+        server_name(self.cluster, node)
     }
 
     /// The node that a verified certificate belongs to.
@@ -264,9 +271,19 @@ impl Tls {
     }
 }
 
-fn certified_node(certificate: &CertificateDer<'_>, cluster: ClusterId) -> Result<NodeId, IdentityError> {
+pub(crate) fn certified_node(certificate: &CertificateDer<'_>, cluster: ClusterId) -> Result<NodeId, IdentityError> {
     let certificate = webpki::EndEntityCert::try_from(certificate).map_err(|_| IdentityError::NoNode)?;
     certificate.valid_dns_names().find_map(|name| named_node(name, cluster)).ok_or(IdentityError::NoNode)
+}
+
+/// What every configuration is made of.
+pub(crate) fn provider_and_clock(env: &Env) -> (Arc<CryptoProvider>, Arc<dyn TimeProvider>) {
+    (provider(), Arc::new(Clock(env.clone())))
+}
+
+/// The name that the certificate of `node` must have.
+pub(crate) fn server_name(cluster: ClusterId, node: NodeId) -> Option<ServerName<'static>> {
+    ServerName::try_from(node_name(cluster, node)).ok()
 }
 
 /// AES-128 first: as safe here as AES-256, with ten rounds instead of fourteen for bytes that every guest write pays for.
@@ -306,6 +323,24 @@ fn server_config(
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(verifier)
         .with_single_cert(vec![certificate], key)?;
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    Ok(config)
+}
+
+/// For a client without a certificate: it is shown the CA's, which its token names.
+fn join_config(
+    provider: &Arc<CryptoProvider>,
+    clock: &Arc<Clock>,
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> Result<ServerConfig, IdentityError> {
+    let clock: Arc<dyn TimeProvider> = Arc::<Clock>::clone(clock);
+    let mut config = ServerConfig::builder_with_details(Arc::clone(provider), clock)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_no_client_auth()
+        .with_single_cert(chain, key)?;
+    config.alpn_protocols = vec![JOIN_ALPN.to_vec()];
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     Ok(config)

@@ -15,6 +15,7 @@ pub mod error;
 pub mod frame;
 pub mod handshake;
 pub mod identity;
+pub mod join;
 mod link;
 pub mod message;
 pub mod node;

@@ -7,9 +7,10 @@ use crate::config::Endpoint;
 use crate::error::ConnectError;
 use crate::frame::{Bounds, FrameError, Header, Input, Kind, Output};
 use crate::handshake::{Hello, Refusal, Welcome};
+use crate::join::{self, JOIN_FOR, JOINS_MAX};
 use crate::payload::Payload;
 use crate::service::{PeerInfo, Services};
-use crate::transport::Transport;
+use crate::transport::{Arrival, ReadAhead, Transport};
 use futures::task::AtomicWaker;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,7 +18,8 @@ use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
+use tokio_rustls::TlsStream;
 use xsan_env::{Listener, Stream};
 use xsan_types::NodeId;
 
@@ -60,6 +62,8 @@ struct Shared {
     ordered: Notify,
     sessions: Mutex<Sessions>,
     ended: Notify,
+    /// Joiners that may be served now.
+    joins: Semaphore,
 }
 
 #[derive(Default)]
@@ -91,6 +95,7 @@ impl Server {
             ordered: Notify::new(),
             sessions: Mutex::default(),
             ended: Notify::new(),
+            joins: Semaphore::new(JOINS_MAX),
         }))
     }
 
@@ -184,6 +189,14 @@ impl Server {
     }
 }
 
+/// Who a stranger has turned out to be.
+enum Shaken {
+    /// A node that speaks frames.
+    Peer(Transport, Input, PeerInfo),
+    /// A host that wants to become one, and where it is.
+    Joiner(Box<TlsStream<ReadAhead>>, String),
+}
+
 /// A connection's place in the table; given back whatever happens to its task.
 struct Place {
     shared: Arc<Shared>,
@@ -251,7 +264,13 @@ impl Shared {
         let shaken = self.shake(entry, stream, address);
         let shaken = self.until_ordered(entry, self.endpoint.env.timeout(limit, shaken)).await;
         let Some(shaken) = shaken else { return Ok(()) };
-        let (transport, input, peer) = shaken.unwrap_or(Err(ConnectError::Silent))?;
+        let (transport, input, peer) = match shaken.unwrap_or(Err(ConnectError::Silent))? {
+            Shaken::Peer(transport, input, peer) => (transport, input, peer),
+            Shaken::Joiner(stream, address) => {
+                let joined = self.let_join(*stream, address);
+                return self.until_ordered(entry, joined).await.unwrap_or(Ok(()));
+            }
+        };
         tracing::info!(node = %peer.node, class = ?peer.class, address = peer.address, "a node connected");
         *entry.peer() = Some(peer.clone());
         session::run(self, entry, transport, input, peer).await
@@ -270,13 +289,11 @@ impl Shared {
         .await
     }
 
-    async fn shake(
-        &self,
-        entry: &Arc<Entry>,
-        stream: Stream,
-        address: String,
-    ) -> Result<(Transport, Input, PeerInfo), ConnectError> {
-        let (mut transport, certified) = Transport::server(&self.endpoint, stream).await?;
+    async fn shake(&self, entry: &Arc<Entry>, stream: Stream, address: String) -> Result<Shaken, ConnectError> {
+        let (mut transport, certified) = match Transport::server(&self.endpoint, stream).await? {
+            Arrival::Peer(transport, certified) => (transport, certified),
+            Arrival::Joiner(stream) => return Ok(Shaken::Joiner(stream, address)),
+        };
         let mut input = Input::new(self.endpoint.pool.clone(), Bounds::HANDSHAKE, transport.is_buffered());
         let judged = match transport.receive_frame(&mut input).await {
             Ok(frame) if frame.header.kind == Kind::Hello => {
@@ -304,7 +321,16 @@ impl Shared {
         output.push(&Header::of(Kind::Welcome), Payload::None, |out| welcome.put(out));
         transport.send_all(&mut output).await.map_err(ConnectError::Io)?;
         input.set_bounds(Bounds::PEERS);
-        Ok((transport, input, peer))
+        Ok(Shaken::Peer(transport, input, peer))
+    }
+
+    /// One request of a host that has no certificate yet.
+    async fn let_join(&self, stream: TlsStream<ReadAhead>, address: String) -> Result<(), ConnectError> {
+        let Some(service) = &self.services.join else { return Err(ConnectError::Refused(Refusal::NotAdmitted)) };
+        let Ok(_place) = self.joins.try_acquire() else { return Err(ConnectError::Refused(Refusal::Busy)) };
+        let served = join::serve(stream, &**service, address);
+        let served = self.endpoint.env.timeout(JOIN_FOR, served).await;
+        served.unwrap_or(Err(std::io::ErrorKind::TimedOut.into())).map_err(ConnectError::Io)
     }
 
     fn judge(

@@ -2,6 +2,7 @@
 
 use crate::codec::WireVersion;
 use crate::handshake::Class;
+use crate::join::JoinService;
 use crate::node::NodeApi;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -78,6 +79,7 @@ pub struct Services {
     pub(crate) node: Option<Arc<dyn NodeApi>>,
     pub(crate) others: BTreeMap<u8, Arc<dyn Service>>,
     pub(crate) admission: Option<Admission>,
+    pub(crate) join: Option<Arc<dyn JoinService>>,
 }
 
 impl fmt::Debug for Services {
@@ -104,6 +106,13 @@ impl Services {
     #[must_use]
     pub fn with(mut self, id: ServiceId, service: Arc<dyn Service>) -> Self {
         self.others.insert(id.0, service);
+        self
+    }
+
+    /// Lets hosts in that have no certificate yet, as far as `service` does; only on endpoints with TLS.
+    #[must_use]
+    pub fn with_join(mut self, service: Arc<dyn JoinService>) -> Self {
+        self.join = Some(service);
         self
     }
 

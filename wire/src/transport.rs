@@ -3,13 +3,15 @@
 use crate::config::Endpoint;
 use crate::error::ConnectError;
 use crate::frame::{Frame, Input, Output};
+use crate::join::JOIN_ALPN;
+use rustls::server::Acceptor;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
+use tokio_rustls::{LazyConfigAcceptor, TlsConnector, TlsStream};
 use xsan_env::Stream;
 use xsan_env::runtime::BoxFuture;
 use xsan_types::NodeId;
@@ -40,6 +42,14 @@ pub(crate) enum Transport {
     Tls(Box<TlsStream<ReadAhead>>),
 }
 
+/// Who has come.
+pub(crate) enum Arrival {
+    /// One that speaks frames, with the node that its certificate names.
+    Peer(Transport, Option<NodeId>),
+    /// A host without a certificate.
+    Joiner(Box<TlsStream<ReadAhead>>),
+}
+
 impl Transport {
     /// The client's side: TLS if the endpoint has it. The server must be `target`.
     pub(crate) async fn client(endpoint: &Endpoint, stream: Stream, target: NodeId) -> Result<Self, ConnectError> {
@@ -50,15 +60,21 @@ impl Transport {
         Ok(Self::Tls(Box::new(stream.into())))
     }
 
-    /// The server's side, with the node that the client's certificate names.
-    pub(crate) async fn server(endpoint: &Endpoint, stream: Stream) -> Result<(Self, Option<NodeId>), ConnectError> {
-        let Some(tls) = &endpoint.tls else { return Ok((Self::Plain(stream), None)) };
-        let acceptor = TlsAcceptor::from(Arc::clone(&tls.server));
-        let stream = acceptor.accept(ReadAhead::new(stream)).await.map_err(ConnectError::Tls)?;
+    /// The server's side: who comes says in the first message of TLS whether it wants to join.
+    pub(crate) async fn server(endpoint: &Endpoint, stream: Stream) -> Result<Arrival, ConnectError> {
+        let Some(tls) = &endpoint.tls else { return Ok(Arrival::Peer(Self::Plain(stream), None)) };
+        let hello = LazyConfigAcceptor::new(Acceptor::default(), ReadAhead::new(stream));
+        let start = hello.await.map_err(ConnectError::Tls)?;
+        let joins = start.client_hello().alpn().is_some_and(|mut names| names.any(|name| name == JOIN_ALPN));
+        let config = if joins { &tls.join } else { &tls.server };
+        let stream = start.into_stream(Arc::clone(config)).await.map_err(ConnectError::Tls)?;
+        if joins {
+            return Ok(Arrival::Joiner(Box::new(stream.into())));
+        }
         let node = tls
             .node_of(stream.get_ref().1.peer_certificates())
             .map_err(|error| ConnectError::Tls(io::Error::new(io::ErrorKind::InvalidData, error)))?;
-        Ok((Self::Tls(Box::new(stream.into())), Some(node)))
+        Ok(Arrival::Peer(Self::Tls(Box::new(stream.into())), Some(node)))
     }
 
     /// Whether reads are cheap, so that reading exactly what is wanted costs nothing.

@@ -48,11 +48,23 @@ pub struct ClusterStatus {
 pub struct NodeStatus {
     /// Its name.
     pub name: String,
-    /// `up` or `down`.
+    /// Its number.
+    pub id: u32,
+    /// `joining`, `up`, `suspect`, `down` or `draining`.
     pub state: String,
     /// Since when it is so, milliseconds since 1970.
     pub since_millis: u64,
-    /// Its device.
+    /// Why it is so.
+    pub reason: String,
+    /// It answered just now.
+    pub answers: bool,
+    /// The machine it runs on.
+    pub host: String,
+    /// Where other nodes reach it; empty for nodes that share a process.
+    pub address: String,
+    /// Its devices.
+    pub devices: Vec<DeviceInfo>,
+    /// The first of its devices.
     pub device: String,
     /// Bytes for shards and replicas (0 while it is down).
     pub capacity: u64,
@@ -63,6 +75,19 @@ pub struct NodeStatus {
     /// Journal members on it.
     pub members: u64,
     /// Its device takes no more writes.
+    pub failed: bool,
+}
+
+/// A device.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// Its identity.
+    pub id: String,
+    /// Bytes for shards and replicas (of a node that does not answer: as it was known last).
+    pub capacity: u64,
+    /// Of them allocated (0 if its node does not answer).
+    pub used: u64,
+    /// It takes no more writes.
     pub failed: bool,
 }
 
@@ -102,6 +127,8 @@ pub struct VolumeInfo {
     pub state: String,
     /// Why it waits.
     pub reason: Option<String>,
+    /// The node that serves it.
+    pub node: Option<String>,
     /// Its NBD clients.
     pub clients: usize,
     /// Ownership.
@@ -216,6 +243,29 @@ pub struct DeleteVolume {
     /// Cut clients off.
     #[serde(default)]
     pub force: bool,
+}
+
+/// Makes a token that lets hosts in.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct CreateToken {
+    /// How long it is good.
+    pub seconds: u64,
+    /// How many hosts it lets in.
+    pub uses: u32,
+}
+
+/// A token that lets hosts in; a secret.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct JoinToken {
+    /// Its text.
+    pub token: String,
+}
+
+/// Gives a node another name.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RenameNode {
+    /// The new one.
+    pub name: String,
 }
 
 /// How a node is stopped.

@@ -1,8 +1,10 @@
 //! Serves the admin API.
 
-use super::api::{ApiError, ChangeVolume, CreatePool, CreateVolume, DeleteVolume, Done, StopNode};
+use super::api::{
+    ApiError, ChangeVolume, CreatePool, CreateToken, CreateVolume, DeleteVolume, Done, JoinToken, RenameNode, StopNode,
+};
 use super::status::cluster_status;
-use crate::cluster::DevCluster;
+use crate::cluster::{self, Cluster};
 use crate::error::ClusterError;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
@@ -11,19 +13,17 @@ use axum::routing::{get, patch, post};
 use axum::{Json, Router};
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
-use raft_meta::{AckPolicy, Command, Name};
+use raft_meta::{AckPolicy, Command, Name, NodeState};
 use std::sync::Arc;
+use std::time::Duration;
 use xsan_env::net::Listener;
-use xsan_gateway::server::Server;
-use xsan_types::{BLOCK_BYTES, ErrorKind, VolumeId};
+use xsan_types::{BLOCK_BYTES, ErrorKind, NodeId};
 
 /// What requests are answered from.
 #[derive(Clone)]
 pub struct Admin {
     /// The cluster.
-    pub cluster: Arc<DevCluster>,
-    /// Its NBD gateway.
-    pub gateway: Server,
+    pub cluster: Arc<dyn Cluster>,
     /// NBD addresses, for people.
     pub nbd: Arc<Vec<String>>,
 }
@@ -102,6 +102,9 @@ fn router(admin: Admin) -> Router {
         .route("/v1/pools/{name}", axum::routing::delete(delete_pool))
         .route("/v1/volumes", post(create_volume))
         .route("/v1/volumes/{name}", patch(change_volume).delete(delete_volume))
+        .route("/v1/volumes/{name}/attach", post(attach_volume))
+        .route("/v1/tokens", post(create_token))
+        .route("/v1/nodes/{name}", patch(rename_node).delete(remove_node))
         .route("/v1/nodes/{name}/stop", post(stop_node))
         .route("/v1/nodes/{name}/start", post(start_node))
         .route("/metrics", get(metrics))
@@ -109,7 +112,7 @@ fn router(admin: Admin) -> Router {
 }
 
 async fn status(State(admin): State<Admin>) -> Answer<super::api::ClusterStatus> {
-    Ok(Json(cluster_status(&admin.cluster, &admin.gateway, &admin.nbd).await))
+    Ok(Json(cluster_status(&*admin.cluster, &admin.nbd).await))
 }
 
 async fn metrics(State(admin): State<Admin>) -> String {
@@ -117,13 +120,13 @@ async fn metrics(State(admin): State<Admin>) -> String {
 }
 
 async fn create_pool(State(admin): State<Admin>, Json(request): Json<CreatePool>) -> Answer<Done> {
-    let name = request.name.unwrap_or_else(|| free_name(&admin.cluster, request.scheme));
-    admin.cluster.create_pool(&name, request.scheme).await?;
+    let name = request.name.unwrap_or_else(|| free_name(&*admin.cluster, request.scheme));
+    cluster::create_pool(&*admin.cluster, &name, request.scheme).await?;
     Ok(Json(Done {}))
 }
 
 /// `ec-4-2`, `replica-3`, with a number behind it if it is taken.
-fn free_name(cluster: &DevCluster, scheme: xsan_types::Scheme) -> String {
+fn free_name(cluster: &dyn Cluster, scheme: xsan_types::Scheme) -> String {
     let base = if scheme.is_replica() {
         format!("replica-{}", scheme.width())
     } else {
@@ -135,7 +138,7 @@ fn free_name(cluster: &DevCluster, scheme: xsan_types::Scheme) -> String {
 }
 
 async fn delete_pool(State(admin): State<Admin>, Path(name): Path<String>) -> Answer<Done> {
-    admin.cluster.delete_pool(&name).await?;
+    cluster::delete_pool(&*admin.cluster, &name).await?;
     Ok(Json(Done {}))
 }
 
@@ -162,31 +165,26 @@ async fn create_volume(State(admin): State<Admin>, Json(request): Json<CreateVol
     Ok(Json(Done {}))
 }
 
-fn find_volume(admin: &Admin, name: &str) -> Result<(VolumeId, xsan_types::PoolId, u64), ClusterError> {
-    let view = admin.cluster.view();
-    let volume = view.volume_named(name).ok_or_else(|| ClusterError::NoVolume(name.to_owned()))?;
-    Ok((volume.id, volume.pool, volume.register().size))
-}
-
 async fn change_volume(
     State(admin): State<Admin>,
     Path(name): Path<String>,
     Json(request): Json<ChangeVolume>,
 ) -> Answer<Done> {
-    let (id, _, old) = find_volume(&admin, &name)?;
+    let view = admin.cluster.view();
+    let volume = view.volume_named(&name).ok_or_else(|| ClusterError::NoVolume(name.clone()))?;
+    let (id, old) = (volume.id, volume.register().size);
     if let Some(size) = request.size {
         let size = size.checked_next_multiple_of(BLOCK_BYTES).unwrap_or(u64::MAX);
         if size < old && !request.shrink {
             let text = format!("{name:?} has {old} bytes: making it smaller discards what lies beyond; say --shrink");
             return Err(ClusterError::Invalid(text).into());
         }
-        let attached = admin.cluster.volumes().attach(&name).await?;
-        attached.volume.resize(size).await?;
+        admin.cluster.resize(name, size).await?;
     }
     if let Some(new) = request.name {
         let new_name: Name = new.parse().map_err(ClusterError::from)?;
         admin.cluster.propose(Command::RenameVolume { volume: id, name: new_name }).await?;
-        admin.cluster.volumes().renamed(id, &new);
+        admin.cluster.renamed(id, &new);
     }
     Ok(Json(Done {}))
 }
@@ -196,17 +194,49 @@ async fn delete_volume(
     Path(name): Path<String>,
     Json(request): Json<DeleteVolume>,
 ) -> Answer<Done> {
-    let (id, pool, _) = find_volume(&admin, &name)?;
-    let clients = admin.gateway.clients(&name).len();
-    if clients > 0 && !request.force {
-        return Err(ClusterError::InUse { name, clients }.into());
-    }
     to_its_end(admin.clone(), async move {
-        admin.cluster.volumes().delete(id, pool).await?;
-        admin.gateway.disconnect(&name).await;
+        admin.cluster.delete_volume(name, request.force).await?;
         Ok(Json(Done {}))
     })
     .await
+}
+
+async fn attach_volume(State(admin): State<Admin>, Path(name): Path<String>) -> Answer<Done> {
+    to_its_end(admin.clone(), async move {
+        admin.cluster.attach(name).await?;
+        Ok(Json(Done {}))
+    })
+    .await
+}
+
+async fn create_token(State(admin): State<Admin>, Json(request): Json<CreateToken>) -> Answer<JoinToken> {
+    let token = admin.cluster.join_token(Duration::from_secs(request.seconds), request.uses).await?;
+    Ok(Json(JoinToken { token }))
+}
+
+fn find_node(admin: &Admin, name: &str) -> Result<NodeId, ClusterError> {
+    admin.cluster.view().node_named(name).map(|node| node.id).ok_or_else(|| ClusterError::NoNode(name.to_owned()))
+}
+
+async fn rename_node(
+    State(admin): State<Admin>,
+    Path(name): Path<String>,
+    Json(request): Json<RenameNode>,
+) -> Answer<Done> {
+    let node = find_node(&admin, &name)?;
+    let name: Name = request.name.parse().map_err(ClusterError::from)?;
+    admin.cluster.propose(Command::RenameNode { node, name }).await?;
+    Ok(Json(Done {}))
+}
+
+async fn remove_node(State(admin): State<Admin>, Path(name): Path<String>) -> Answer<Done> {
+    let node = find_node(&admin, &name)?;
+    let state = admin.cluster.view().node(node).map(|node| node.state);
+    if state.is_some_and(cluster::maps::answers) {
+        return Err(ClusterError::Invalid(format!("node {name} is up: stop it before it is removed")).into());
+    }
+    admin.cluster.propose(Command::SetNodeState { node, state: NodeState::Removed }).await?;
+    Ok(Json(Done {}))
 }
 
 /// Runs a change of several steps as a task: a client that hangs up must not leave it half done.
@@ -227,7 +257,7 @@ async fn stop_node(
     Json(request): Json<StopNode>,
 ) -> Answer<Done> {
     to_its_end(admin.clone(), async move {
-        admin.cluster.stop_node(&name, request.crash).await?;
+        admin.cluster.stop_node(name, request.crash).await?;
         Ok(Json(Done {}))
     })
     .await
@@ -235,7 +265,7 @@ async fn stop_node(
 
 async fn start_node(State(admin): State<Admin>, Path(name): Path<String>) -> Answer<Done> {
     to_its_end(admin.clone(), async move {
-        admin.cluster.start_node(&name).await?;
+        admin.cluster.start_node(name).await?;
         Ok(Json(Done {}))
     })
     .await

@@ -1,103 +1,158 @@
 //! The truth about a cluster, computed from its parts when asked; nothing here is echoed from what was believed before.
 
-use super::api::{ClusterStatus, EngineStatus, NodeStatus, PoolStatus, ProcessCounters, VolumeInfo};
-use crate::cluster::DevCluster;
-use lsm_block::{Health, VolumeStatus};
-use std::collections::{BTreeMap, BTreeSet};
-use xsan_gateway::server::Server;
-use xsan_types::{DeviceId, VolumeId};
+use super::api::{ClusterStatus, DeviceInfo, NodeStatus, PoolStatus, ProcessCounters, VolumeInfo};
+use crate::cluster::facts::NodeFacts;
+use crate::cluster::maps::answers;
+use crate::cluster::{Cluster, Facts};
+use raft_meta::NodeState;
+use std::collections::BTreeSet;
+use xsan_types::DeviceId;
 
 /// Looks at everything.
-pub async fn cluster_status(cluster: &DevCluster, gateway: &Server, nbd: &[String]) -> ClusterStatus {
-    let view = cluster.view();
-    let statuses = cluster.volumes().statuses();
-    let nodes = node_statuses(cluster).await;
-    let pools = pool_statuses(cluster);
-    let volumes = volume_infos(cluster, gateway, &statuses);
+pub async fn cluster_status(cluster: &dyn Cluster, nbd: &[String]) -> ClusterStatus {
+    let facts = cluster.facts().await;
+    let view = &facts.view;
+    let nodes: Vec<NodeStatus> = facts.nodes.iter().map(|node| node_status(&facts, node)).collect();
+    let (pools, volumes) = (pool_statuses(&facts), volume_infos(&facts));
+    let now_millis = cluster.env().wall_millis();
+    let degraded = degraded(&nodes, &volumes, now_millis);
+    let stalled = stalled(&nodes, &pools, &volumes);
+    let health = match (stalled.is_empty(), degraded.is_empty()) {
+        (false, _) => "stalled",
+        (true, false) => "degraded",
+        (true, true) => "ok",
+    };
+    ClusterStatus {
+        health: health.to_owned(),
+        reasons: degraded.into_iter().chain(stalled).collect(),
+        cluster: view.cluster.to_string(),
+        single_host: view.single_host,
+        epoch: view.epoch.0,
+        io_backend: facts.io_backend.to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        nbd: nbd.to_vec(),
+        counters: counters(&facts),
+        nodes,
+        pools,
+        volumes,
+    }
+}
+
+/// Whether a node does what it is for.
+fn serves(node: &NodeStatus) -> bool {
+    node.answers && node.state != "down" && node.state != "joining"
+}
+
+/// What is served with less redundancy than wanted, one sentence each.
+fn degraded(nodes: &[NodeStatus], volumes: &[VolumeInfo], now_millis: u64) -> Vec<String> {
     let mut reasons = Vec::new();
-    let mut health = "ok";
-    for node in nodes.iter().filter(|node| node.state != "up") {
-        health = "degraded";
-        let seconds = cluster.env().wall_millis().saturating_sub(node.since_millis) / 1000;
-        reasons.push(format!("node {} is down for {seconds} s; its shards are served from the others", node.name));
+    for node in nodes.iter().filter(|node| !serves(node)) {
+        let seconds = now_millis.saturating_sub(node.since_millis) / 1000;
+        reasons.push(match node.state.as_str() {
+            "joining" => format!("node {} is joining for {seconds} s; it holds no data yet", node.name),
+            "down" => format!(
+                "node {} is down for {seconds} s ({}); its shards are served from the others",
+                node.name, node.reason
+            ),
+            state => format!("node {} is {state} and does not answer", node.name),
+        });
     }
     for node in nodes.iter().filter(|node| node.failed) {
-        health = "degraded";
-        reasons.push(format!("the device of node {} failed and takes no more writes", node.name));
+        reasons.push(format!("a device of node {} failed and takes no more writes", node.name));
     }
-    for volume in &volumes {
+    for volume in volumes {
         let Some(engine) = &volume.engine else { continue };
         if engine.members < engine.members_wanted {
-            health = "degraded";
             reasons.push(format!(
                 "volume {}: {} of {} journal members; the set grows when nodes return",
                 volume.name, engine.members, engine.members_wanted
             ));
         }
         if engine.segments_with_holes > 0 {
-            health = "degraded";
             reasons.push(format!(
                 "volume {}: {} segments miss positions; they are filled when nodes return",
                 volume.name, engine.segments_with_holes
             ));
         }
     }
-    for pool in &pools {
-        if pool.positions_down > 0 {
-            let lost = nodes.iter().filter(|node| node.state != "up").count();
-            if lost > pool.tolerates {
-                health = "stalled";
-                reasons.push(format!(
-                    "pool {}: {lost} nodes are down and {} tolerates {}: I/O waits until one returns",
-                    pool.name, pool.scheme, pool.tolerates
-                ));
-            }
-        }
+    reasons
+}
+
+/// What waits, one sentence each.
+fn stalled(nodes: &[NodeStatus], pools: &[PoolStatus], volumes: &[VolumeInfo]) -> Vec<String> {
+    let mut reasons = Vec::new();
+    let lost = nodes.iter().filter(|node| !serves(node) && node.state != "joining").count();
+    for pool in pools.iter().filter(|pool| pool.positions_down > 0 && lost > pool.tolerates) {
+        reasons.push(format!(
+            "pool {}: {lost} nodes are down and {} tolerates {}: I/O waits until one returns",
+            pool.name, pool.scheme, pool.tolerates
+        ));
     }
     for volume in volumes.iter().filter(|volume| volume.state == "waiting") {
-        health = "stalled";
         let reason = volume.reason.as_deref().unwrap_or("too few nodes");
         reasons.push(format!("volume {}: I/O waits: {reason}", volume.name));
     }
-    ClusterStatus {
-        health: health.to_owned(),
-        reasons,
-        cluster: view.cluster.to_string(),
-        single_host: view.single_host,
-        epoch: view.epoch.0,
-        io_backend: cluster.backend().to_owned(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        nbd: nbd.to_vec(),
-        nodes,
-        pools,
-        counters: process_counters(cluster, &statuses),
-        volumes,
+    reasons
+}
+
+fn node_status(facts: &Facts, node: &NodeFacts) -> NodeStatus {
+    let record = facts.view.nodes.get(&node.id);
+    let devices: Vec<DeviceInfo> = match &node.report {
+        Some(report) => {
+            let told = report.devices.iter();
+            told.map(|device| DeviceInfo {
+                id: device.id.to_string(),
+                capacity: device.capacity,
+                used: device.used,
+                failed: device.failed,
+            })
+            .collect()
+        }
+        None => {
+            let known = facts.view.devices_of(node.id);
+            known
+                .map(|device| DeviceInfo {
+                    id: device.id.to_string(),
+                    capacity: device.capacity,
+                    used: 0,
+                    failed: false,
+                })
+                .collect()
+        }
+    };
+    let sum = |field: fn(&crate::cluster::facts::DeviceReport) -> u64| {
+        node.report.iter().flat_map(|report| &report.devices).map(field).sum()
+    };
+    NodeStatus {
+        name: record.map_or_else(|| node.id.to_string(), |record| record.name.to_string()),
+        id: node.id.0,
+        state: node.state.to_string(),
+        since_millis: node.since_millis,
+        reason: node.reason.clone(),
+        answers: node.report.is_some(),
+        host: record.map_or_else(String::new, |record| record.host.to_string()),
+        address: node.address.clone(),
+        device: devices.first().map_or_else(String::new, |device| device.id.clone()),
+        capacity: sum(|device| device.capacity),
+        used: sum(|device| device.used),
+        shards: sum(|device| device.shards),
+        members: sum(|device| device.members),
+        failed: devices.iter().any(|device| device.failed),
+        devices,
     }
 }
 
-async fn node_statuses(cluster: &DevCluster) -> Vec<NodeStatus> {
-    let mut nodes = Vec::new();
-    for node in cluster.nodes() {
-        let device = cluster.device_status(node).await.and_then(|devices| devices.into_iter().next());
-        nodes.push(NodeStatus {
-            name: node.name.clone(),
-            state: if device.is_some() { "up" } else { "down" }.to_owned(),
-            since_millis: node.since_millis(),
-            device: node.device.to_string(),
-            capacity: device.map_or(0, |device| device.capacity),
-            used: device.map_or(0, |device| device.used),
-            shards: device.map_or(0, |device| device.shards),
-            members: device.map_or(0, |device| device.members),
-            failed: device.is_some_and(|device| device.failed),
-        });
-    }
-    nodes
-}
-
-fn pool_statuses(cluster: &DevCluster) -> Vec<PoolStatus> {
-    let down: BTreeSet<DeviceId> =
-        cluster.nodes().iter().filter(|node| !node.handle.is_up()).map(|node| node.device).collect();
-    let view = cluster.view();
+fn pool_statuses(facts: &Facts) -> Vec<PoolStatus> {
+    let view = &facts.view;
+    let is_lost =
+        |node: &NodeFacts| node.report.is_none() || !(answers(node.state) || node.state == NodeState::Joining);
+    let lost: BTreeSet<DeviceId> = facts
+        .nodes
+        .iter()
+        .filter(|node| is_lost(node))
+        .flat_map(|node| view.devices_of(node.id))
+        .map(|device| device.id)
+        .collect();
     let status = |pool: &raft_meta::Pool| {
         let positions: Vec<_> = pool.table.positions.iter().flatten().copied().collect();
         PoolStatus {
@@ -105,7 +160,7 @@ fn pool_statuses(cluster: &DevCluster) -> Vec<PoolStatus> {
             scheme: pool.scheme,
             placement_groups: pool.table.positions.len(),
             tolerates: pool.scheme.tolerates(),
-            positions_down: positions.iter().flatten().filter(|device| down.contains(device)).count(),
+            positions_down: positions.iter().flatten().filter(|device| lost.contains(device)).count(),
             positions: positions.len(),
             volumes: view.volume_names.values().filter(|&id| view.volumes[id].pool == pool.id).count(),
         }
@@ -119,78 +174,47 @@ pub fn unix_uri(name: &str, socket: &std::path::Path) -> String {
     format!("nbd+unix:///{name}?socket={}", socket.display())
 }
 
-fn volume_infos(
-    cluster: &DevCluster,
-    gateway: &Server,
-    statuses: &BTreeMap<VolumeId, VolumeStatus>,
-) -> Vec<VolumeInfo> {
-    let view = cluster.view();
-    let socket = cluster.dir().join("nbd.sock");
+fn volume_infos(facts: &Facts) -> Vec<VolumeInfo> {
+    let view = &facts.view;
+    let socket = facts.dir.join("nbd.sock");
     let info = |volume: &raft_meta::Volume| {
         let name = volume.name.as_str().to_owned();
-        let status = statuses.get(&volume.id);
-        let (state, reason) = match status.map(|status| &status.health) {
-            None => ("idle", None),
-            Some(Health::Serving) => ("serving", None),
-            Some(Health::Waiting { reason, .. }) => ("waiting", Some(reason.clone())),
-            Some(Health::Fenced(_) | Health::Closed) => ("closed", None),
-        };
+        let told = facts.volume(volume.id);
+        let server = facts.nodes.iter().find(|node| {
+            node.report.as_ref().and_then(|report| report.volumes.get(&volume.id)).is_some_and(|v| v.state == "serving")
+        });
         VolumeInfo {
             id: volume.id.0,
             pool: view.pools.get(&volume.pool).map_or_else(String::new, |pool| pool.name.as_str().to_owned()),
-            size: status.map_or(volume.register().size, |status| status.size),
+            size: told.map_or(volume.register().size, |told| told.size),
             ack: volume.ack.to_string(),
-            state: state.to_owned(),
-            reason,
-            clients: gateway.clients(&name).len(),
+            state: told.map_or("idle", |told| told.state.as_str()).to_owned(),
+            reason: told.and_then(|told| told.reason.clone()),
+            node: server
+                .filter(|node| !node.address.is_empty())
+                .and_then(|node| view.node(node.id))
+                .map(|node| node.name.to_string()),
+            clients: told.map_or(0, |told| told.clients),
             generation: volume.register().generation.0,
             uri: unix_uri(&name, &socket),
-            engine: status.map(engine_status),
+            engine: told.map(|told| told.engine.clone()),
             name,
         }
     };
     view.volume_names.values().filter_map(|&id| view.volume(id)).map(info).collect()
 }
 
-fn engine_status(status: &VolumeStatus) -> EngineStatus {
-    let counters = status.counters;
-    EngineStatus {
-        members: status.members.len(),
-        members_wanted: status.members_wanted,
-        segments: status.segments,
-        segments_with_holes: status.segments_with_holes,
-        open_segments: status.open_segments,
-        delta_bytes: status.delta_bytes,
-        reads: counters.reads,
-        read_bytes: counters.read_bytes,
-        writes: counters.writes,
-        write_bytes: counters.write_bytes,
-        flushes: counters.flushes,
-        batches: counters.batches,
-        journal_bytes: counters.journal_bytes,
-        row_bytes: counters.row_bytes,
-        merge_reads: counters.merge_reads,
-        seals: counters.seals,
-        checkpoints: counters.checkpoints,
-        set_changes: counters.set_changes,
-        freed_segments: counters.freed_segments,
-    }
-}
-
-fn process_counters(cluster: &DevCluster, statuses: &BTreeMap<VolumeId, VolumeStatus>) -> ProcessCounters {
+fn counters(facts: &Facts) -> ProcessCounters {
     let mut sums = ProcessCounters::default();
-    for status in statuses.values() {
-        sums.guest_read_bytes += status.counters.read_bytes;
-        sums.guest_write_bytes += status.counters.write_bytes;
-    }
-    for node in cluster.nodes().iter().filter_map(crate::cluster::dev::DevNode::running) {
-        let counters = node.counters();
-        sums.device_read_bytes += counters.device_read_bytes;
-        sums.device_reads += counters.device_reads;
-        sums.device_write_bytes += counters.device_write_bytes;
-        sums.device_writes += counters.device_writes;
-        sums.device_flushes += counters.device_flushes;
-        sums.corrupt_found += counters.corrupt_found;
+    for told in facts.reports().map(|report| report.counters) {
+        sums.guest_read_bytes += told.guest_read_bytes;
+        sums.guest_write_bytes += told.guest_write_bytes;
+        sums.device_read_bytes += told.device_read_bytes;
+        sums.device_reads += told.device_reads;
+        sums.device_write_bytes += told.device_write_bytes;
+        sums.device_writes += told.device_writes;
+        sums.device_flushes += told.device_flushes;
+        sums.corrupt_found += told.corrupt_found;
     }
     sums
 }

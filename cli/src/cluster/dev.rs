@@ -3,20 +3,26 @@
 //!
 //! Layout of the directory: `lock`, `meta/` (metadata), `nN/device.img` and `nN/index/` per node, `admin.sock`, `nbd.sock`.
 
+use super::facts::{Facts, NodeFacts, NodeReport};
 use super::handle::NodeHandle;
+use super::storage::{Storage, lock_directory, share_of_space};
 use super::volumes::VolumeManager;
+use super::{Cluster, Done};
 use crate::error::ClusterError;
 use lsm_block::Tuning;
 use lsm_block::index::PageCache;
 use raft_meta::{AckPolicy, Command, Consensus, MetaState, Name, NodeState, Options, Outcome, SingleReplica};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
-use xsan_env::os_disk::{Backend, DiskOptions, IoDriver};
-use xsan_env::{BufPool, Disk, Env, Registry};
-use xsan_node::{DeviceHandle, DeviceIdentity, FjallIndex, Node, NodeConfig, NodeOpenError};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+use xsan_env::os_disk::{Backend, IoDriver};
+use xsan_env::runtime::BoxFuture;
+use xsan_env::{BufPool, Env, Registry};
+use xsan_gateway::server::Server as Gateway;
+use xsan_node::{DeviceIdentity, Node};
 use xsan_pool::{DeviceView, Pool, PoolConfig, PoolView};
-use xsan_types::{ClusterId, DeviceId, NodeId, PoolId, RegisterView, Scheme};
+use xsan_types::{ClusterId, DeviceId, Generation, NodeId, PoolId, RegisterView, Scheme, VolumeId};
 use xsan_wire::node::{DeviceStatus, NodeApi};
 
 /// How a development cluster is made or reopened.
@@ -55,11 +61,9 @@ impl DevOptions {
 }
 
 /// Nodes of a new cluster.
-const NODES_DEFAULT: usize = 6;
+pub const NODES_DEFAULT: usize = 6;
 /// Most nodes of a development cluster.
-const NODES_MAX: usize = 64;
-/// Smallest device.
-const DEVICE_BYTES_MIN: u64 = 1 << 30;
+pub const NODES_MAX: usize = 64;
 
 /// The scheme of the default pool of so many nodes.
 ///
@@ -94,12 +98,6 @@ pub struct DevNode {
 }
 
 impl DevNode {
-    /// Since when it is up or stopped, by the wall clock in milliseconds.
-    #[must_use]
-    pub fn since_millis(&self) -> u64 {
-        *self.since.lock().expect("since lock")
-    }
-
     /// The running node.
     #[must_use]
     pub fn running(&self) -> Option<Arc<Node>> {
@@ -113,10 +111,11 @@ pub struct DevCluster {
     options: DevOptions,
     registry: Registry,
     buffers: BufPool,
-    driver: IoDriver,
+    storage: Storage,
     meta: Arc<SingleReplica>,
     nodes: Vec<DevNode>,
     volumes: VolumeManager,
+    gateway: OnceLock<Gateway>,
     /// Serialises stops, starts and map changes.
     changing: tokio::sync::Mutex<()>,
     _lock: std::fs::File,
@@ -128,12 +127,7 @@ impl DevCluster {
     /// # Errors
     /// Another process runs there, the directory holds another number of nodes, or a part cannot be opened.
     pub async fn open(env: &Env, options: DevOptions) -> Result<Self, ClusterError> {
-        let dir = options.dir.clone();
-        let made = env.blocking(move || prepare_dir(&dir)).await;
-        let lock = made.map_err(|error| match error.kind() {
-            std::io::ErrorKind::WouldBlock => ClusterError::Busy(options.dir.clone()),
-            _ => ClusterError::Io { what: format!("cannot use {}", options.dir.display()), source: error },
-        })?;
+        let lock = lock_directory(env, &options.dir).await?;
         let buffers = BufPool::new(options.arena_bytes, 64 << 20);
         let driver = IoDriver::start(env, &buffers, options.backend).map_err(ClusterError::io("disk I/O"))?;
         let meta = Arc::new(open_meta(env, &options.dir.join("meta")).await?);
@@ -144,11 +138,12 @@ impl DevCluster {
             env: env.clone(),
             options,
             registry: Registry::new(),
+            storage: Storage::new(env, driver, &buffers),
             buffers,
-            driver,
             meta,
             nodes: Vec::new(),
             volumes,
+            gateway: OnceLock::new(),
             changing: tokio::sync::Mutex::new(()),
             _lock: lock,
         };
@@ -179,7 +174,7 @@ impl DevCluster {
     /// `uring` or `threads`.
     #[must_use]
     pub fn backend(&self) -> &'static str {
-        self.driver.backend()
+        self.storage.backend()
     }
 
     /// Counters of all parts.
@@ -212,35 +207,6 @@ impl DevCluster {
     /// Why it was refused.
     pub async fn propose(&self, command: Command) -> Result<Outcome, ClusterError> {
         Ok(self.meta.propose(command).await?)
-    }
-
-    /// Makes a pool and serves it.
-    ///
-    /// # Errors
-    /// The name is taken, or there are too few nodes for the scheme.
-    pub async fn create_pool(&self, name: &str, scheme: Scheme) -> Result<PoolId, ClusterError> {
-        let name: Name = name.parse()?;
-        let _changing = self.changing.lock().await;
-        let command =
-            Command::CreatePool { name, scheme, failure_domain: None, pg_count: None, ack: AckPolicy::Replicated };
-        let Outcome::Pool(id) = self.propose(command).await? else {
-            return Err(ClusterError::Invalid("the metadata answered another command".into()));
-        };
-        self.serve_pool(id).await?;
-        Ok(id)
-    }
-
-    /// Removes an empty pool.
-    ///
-    /// # Errors
-    /// It does not exist or has volumes.
-    pub async fn delete_pool(&self, name: &str) -> Result<(), ClusterError> {
-        let _changing = self.changing.lock().await;
-        let view = self.view();
-        let pool = view.pool_named(name).ok_or_else(|| ClusterError::NoPool(name.to_owned()))?.id;
-        self.propose(Command::DeletePool { pool }).await?;
-        self.volumes.remove_pool(pool);
-        Ok(())
     }
 
     /// Stops a node: cleanly, or as a crash of its process would (nothing is flushed, calls under way fail).
@@ -285,9 +251,74 @@ impl DevCluster {
         Ok(())
     }
 
-    /// Devices of a node, if it runs.
-    pub async fn device_status(&self, node: &DevNode) -> Option<Vec<DeviceStatus>> {
-        node.handle.devices().await.ok()
+    /// The gateway whose clients are counted and cut off.
+    pub fn set_gateway(&self, gateway: Gateway) {
+        // Set once, by whoever made it.
+        let _ = self.gateway.set(gateway);
+    }
+
+    fn clients(&self, volume: VolumeId) -> usize {
+        let name = self.view().volume(volume).map(|volume| volume.name.clone());
+        match (self.gateway.get(), name) {
+            (Some(gateway), Some(name)) => gateway.clients(name.as_str()).len(),
+            _ => 0,
+        }
+    }
+
+    async fn delete_volume(&self, name: &str, force: bool) -> Result<(), ClusterError> {
+        let view = self.view();
+        let volume = view.volume_named(name).ok_or_else(|| ClusterError::NoVolume(name.to_owned()))?;
+        let clients = self.clients(volume.id);
+        if clients > 0 && !force {
+            return Err(ClusterError::InUse { name: name.to_owned(), clients });
+        }
+        self.volumes.delete(volume.id, volume.pool).await?;
+        if let Some(gateway) = self.gateway.get() {
+            gateway.disconnect(name).await;
+        }
+        Ok(())
+    }
+
+    async fn follow_pools(&self) -> Result<(), ClusterError> {
+        let _changing = self.changing.lock().await;
+        let (view, served) = (self.view(), self.volumes.pools());
+        for &id in view.pools.keys().filter(|id| !served.contains_key(id)) {
+            self.serve_pool(id).await?;
+        }
+        for &id in served.keys().filter(|id| !view.pools.contains_key(id)) {
+            self.volumes.remove_pool(id);
+        }
+        Ok(())
+    }
+
+    async fn facts(&self) -> Facts {
+        let mut nodes = Vec::new();
+        let mut statuses = Some(self.volumes.statuses());
+        for node in &self.nodes {
+            let running = node.running();
+            let mut report = match &running {
+                Some(running) => Some(NodeReport::of_storage(running).await),
+                None => None,
+            };
+            // The process serves the volumes, whichever of its nodes they are told under.
+            if let (Some(report), Some(statuses)) = (&mut report, statuses.take_if(|_| running.is_some())) {
+                report.add_volumes(&statuses, |id| self.clients(id));
+            }
+            nodes.push(NodeFacts {
+                id: node.id,
+                state: if running.is_some() { NodeState::Up } else { NodeState::Down },
+                since_millis: *node.since.lock().expect("since lock"),
+                reason: if running.is_some() { "it runs" } else { "it was stopped" }.to_owned(),
+                address: String::new(),
+                report,
+            });
+        }
+        let unserved = statuses.map(|statuses| {
+            let mut report = NodeReport::default();
+            report.add_volumes(&statuses, |id| self.clients(id));
+            report
+        });
+        Facts { view: self.view(), nodes, unplaced: unserved, io_backend: self.backend(), dir: self.dir().to_owned() }
     }
 
     /// Hands volumes over, closes nodes and metadata.
@@ -392,54 +423,21 @@ impl DevCluster {
         made.map_err(ClusterError::io(format!("cannot make {}", dir.display())))?;
         let bytes = match self.options.device_bytes {
             Some(bytes) => bytes,
-            None => {
-                let free = free_bytes(&self.options.dir).map_err(ClusterError::io("cannot see the free space"))?;
-                (free / 10 * 8 / of as u64).max(DEVICE_BYTES_MIN) / (1 << 20) * (1 << 20)
-            }
+            None => share_of_space(&self.options.dir, of)?,
         };
-        let disk = self.open_disk(dir, Some(bytes)).await?;
+        let disk = self.storage.open_disk(&dir.join("device.img"), Some(bytes)).await?;
         let identity =
             DeviceIdentity { cluster: self.view().cluster, node: id, device: DeviceId(self.env.random_u128()) };
-        Node::format(&self.env, &disk, identity)
-            .await
-            .map_err(|error| ClusterError::Node { node: id.to_string(), reason: error.to_string() })
+        self.storage.format(&disk, identity).await
     }
 
-    async fn open_disk(&self, dir: &Path, create_bytes: Option<u64>) -> Result<Arc<dyn Disk>, ClusterError> {
-        let path = dir.join("device.img");
-        let what = format!("cannot open {}", path.display());
-        self.driver.open_disk(DiskOptions { path, create_bytes }).await.map_err(ClusterError::io(what))
-    }
-
-    /// The shard index is a view of the device: a damaged one is set aside and filled again.
     async fn open_node(&self, name: &str, dir: &Path, id: NodeId) -> Result<(Arc<Node>, DeviceStatus), ClusterError> {
         let failed = |reason: String| ClusterError::Node { node: name.to_owned(), reason };
-        let disk = self.open_disk(dir, None).await?;
-        let index = dir.join("index");
-        let opened = match self.open_device(Arc::clone(&disk), &index, id).await {
-            Err(error) if error.blames_index() => {
-                let aside = index.with_extension(format!("damaged-{}", self.env.wall_millis()));
-                tracing::warn!(
-                    node = name, %error, aside = %aside.display(),
-                    "the shard index is damaged: it is set aside and made anew from the device"
-                );
-                let (from, to) = (index.clone(), aside);
-                let moved = self.env.blocking(move || std::fs::rename(from, to)).await;
-                moved.map_err(|error| failed(error.to_string()))?;
-                self.open_device(disk, &index, id).await
-            }
-            opened => opened,
-        };
-        let node = opened.map_err(|error| failed(error.to_string()))?;
+        let disk = self.storage.open_disk(&dir.join("device.img"), None).await?;
+        let node = self.storage.open_node(self.view().cluster, id, name, &[(disk, dir.join("index"))]).await?;
         let status = node.devices().await.map_err(|error| failed(error.to_string()))?;
         let status = status.into_iter().next().ok_or_else(|| failed("it has no device".into()))?;
         Ok((node, status))
-    }
-
-    async fn open_device(&self, disk: Arc<dyn Disk>, index: &Path, id: NodeId) -> Result<Arc<Node>, NodeOpenError> {
-        let index = Box::new(FjallIndex::open(&self.env, index.to_owned()).await?);
-        let config = NodeConfig::new(self.view().cluster, id, self.buffers.clone());
-        Node::open(&self.env, config, vec![DeviceHandle { disk, index }]).await
     }
 
     async fn open_pools(&self) -> Result<(), ClusterError> {
@@ -509,9 +507,8 @@ impl DevCluster {
                 continue;
             }
             for register in &registers {
-                // A volume that was never owned has nothing to free. One without a set may be between an owner's first
-                // words: what is unregistered then may be about to serve.
-                if (register.set.is_some() || register.deleted)
+                // A volume that was never owned has nothing to free.
+                if (register.generation > Generation::default() || register.deleted)
                     && let Err(error) = node.handle.registered(*register).await
                 {
                     tracing::warn!(node = node.name, volume = %register.volume, %error, "cannot free what is old");
@@ -521,28 +518,60 @@ impl DevCluster {
     }
 }
 
+fn only_hosts<T: Send + 'static>() -> Done<'static, T> {
+    Box::pin(std::future::ready(Err(ClusterError::Invalid(
+        "`xsan dev` runs its nodes in one process: this is for clusters of hosts, or `xsan dev --processes`".into(),
+    ))))
+}
+
+impl Cluster for DevCluster {
+    fn env(&self) -> &Env {
+        &self.env
+    }
+    fn registry(&self) -> &Registry {
+        &self.registry
+    }
+    fn view(&self) -> Arc<MetaState> {
+        self.meta.view()
+    }
+    fn propose(&self, command: Command) -> Done<'_, Outcome> {
+        Box::pin(self.propose(command))
+    }
+    fn follow_pools(&self) -> Done<'_, ()> {
+        Box::pin(self.follow_pools())
+    }
+    fn facts(&self) -> BoxFuture<'_, Facts> {
+        Box::pin(self.facts())
+    }
+    fn resize(&self, name: String, size: u64) -> Done<'_, ()> {
+        Box::pin(async move { Ok(self.volumes.attach(&name).await?.volume.resize(size).await?) })
+    }
+    fn delete_volume(&self, name: String, force: bool) -> Done<'_, ()> {
+        Box::pin(async move { self.delete_volume(&name, force).await })
+    }
+    fn renamed(&self, volume: VolumeId, name: &str) {
+        self.volumes.renamed(volume, name);
+    }
+    fn stop_node(&self, name: String, crash: bool) -> Done<'_, ()> {
+        Box::pin(async move { self.stop_node(&name, crash).await })
+    }
+    fn start_node(&self, name: String) -> Done<'_, ()> {
+        Box::pin(async move { self.start_node(&name).await })
+    }
+    fn attach(&self, name: String) -> Done<'_, ()> {
+        Box::pin(async move { self.volumes.attach(&name).await.map(drop) })
+    }
+    fn join_token(&self, _good_for: Duration, _uses: u32) -> Done<'_, String> {
+        only_hosts()
+    }
+}
+
 async fn open_meta(env: &Env, dir: &Path) -> Result<SingleReplica, ClusterError> {
     let files = xsan_env::file::OsDirectory::open(env, dir).await;
     let files = files.map_err(ClusterError::io(format!("cannot open {}", dir.display())))?;
     let cluster = ClusterId(env.random_u128());
     let genesis = move || MetaState::new(cluster, true);
     Ok(SingleReplica::open_or_create(env, Arc::new(files), Options::default(), genesis).await?)
-}
-
-/// Makes the directory and locks it for this process.
-fn prepare_dir(dir: &Path) -> std::io::Result<std::fs::File> {
-    std::fs::create_dir_all(dir)?;
-    let lock = std::fs::OpenOptions::new().create(true).truncate(false).write(true).open(dir.join("lock"))?;
-    match lock.try_lock() {
-        Ok(()) => Ok(lock),
-        Err(std::fs::TryLockError::WouldBlock) => Err(std::io::ErrorKind::WouldBlock.into()),
-        Err(std::fs::TryLockError::Error(error)) => Err(error),
-    }
-}
-
-/// Bytes that may still be written below `dir`.
-fn free_bytes(dir: &Path) -> std::io::Result<u64> {
-    xsan_env::file::free_bytes(dir)
 }
 
 #[cfg(test)]

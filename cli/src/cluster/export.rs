@@ -2,6 +2,7 @@
 
 use super::volumes::{Attached, VolumeManager};
 use lsm_block::{Piece, VolumeError};
+use raft_meta::MetaState;
 use std::sync::Arc;
 use xsan_env::Buf;
 use xsan_env::runtime::BoxFuture;
@@ -12,9 +13,23 @@ use xsan_types::{BLOCK_BYTES, ErrorKind, SECTOR_BYTES};
 const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
 
 /// One client's session on a volume.
-struct VolumeExport {
+pub struct VolumeExport {
     attached: Arc<Attached>,
     transport: Transport,
+}
+
+impl VolumeExport {
+    /// A session on a served volume.
+    #[must_use]
+    pub fn new(attached: Arc<Attached>, transport: Transport) -> Self {
+        Self { attached, transport }
+    }
+}
+
+/// What a client may know of a volume before it opens it.
+#[must_use]
+pub fn volume_info(view: &MetaState, name: &str, transport: Transport) -> Option<ExportInfo> {
+    view.volume_named(name).map(|volume| info(name, volume.register().size, transport))
 }
 
 fn info(name: &str, size: u64, transport: Transport) -> ExportInfo {
@@ -36,7 +51,8 @@ fn export_error(error: &VolumeError) -> ExportError {
     match error.kind() {
         ErrorKind::Invalid => ExportError::Invalid,
         ErrorKind::NoSpace => ExportError::NoSpace,
-        ErrorKind::Fenced | ErrorKind::Closed | ErrorKind::NotFound => ExportError::Shutdown,
+        ErrorKind::Fenced => ExportError::Moved,
+        ErrorKind::Closed | ErrorKind::NotFound => ExportError::Shutdown,
         _ => ExportError::Io,
     }
 }
@@ -118,7 +134,7 @@ impl Exports for VolumeManager {
     }
 
     fn info(&self, name: &str, transport: Transport) -> BoxFuture<'static, Option<ExportInfo>> {
-        let found = self.view().volume_named(name).map(|volume| info(name, volume.register().size, transport));
+        let found = volume_info(&self.view(), name, transport);
         Box::pin(async move { found })
     }
 
@@ -127,7 +143,7 @@ impl Exports for VolumeManager {
         let name = name.to_owned();
         Box::pin(async move {
             match manager.attach(&name).await {
-                Ok(attached) => Ok(Arc::new(VolumeExport { attached, transport }) as Arc<dyn Export>),
+                Ok(attached) => Ok(Arc::new(VolumeExport::new(attached, transport)) as Arc<dyn Export>),
                 Err(error) if error.kind() == ErrorKind::NotFound => Err(OpenError::NotFound),
                 Err(error) => {
                     tracing::warn!(volume = name, %error, "cannot serve the volume");

@@ -6,12 +6,17 @@ use lsm_block::index::PageCache;
 use lsm_block::{AckPolicy, Registers, SegmentStore, Tuning, Volume, VolumeConfig, VolumeStatus};
 use raft_meta::{Consensus, MetaState, RegisterClient};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
+use std::time::Duration;
 use tokio::sync::{Mutex as AsyncMutex, RwLock as AsyncRwLock, watch};
 use xsan_env::runtime::BoxFuture;
 use xsan_env::{BufPool, Env};
 use xsan_pool::Pool;
 use xsan_types::{ChangeToken, Generation, PoolId, Register, RegisterChange, RegisterError, RegisterView, VolumeId};
+
+/// How long a volume may take to be handed over.
+const HAND_OVER_FOR: Duration = Duration::from_secs(10);
 
 /// A served volume.
 pub struct Attached {
@@ -20,6 +25,7 @@ pub struct Attached {
     /// The engine.
     pub volume: Arc<Volume>,
     name: RwLock<String>,
+    pinned: AtomicBool,
 }
 
 impl Attached {
@@ -27,6 +33,17 @@ impl Attached {
     #[must_use]
     pub fn name(&self) -> String {
         self.name.read().expect("name lock").clone()
+    }
+
+    /// Somebody wants it here: a client elsewhere is no reason to move it.
+    pub fn pin(&self) {
+        self.pinned.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether somebody wants it here.
+    #[must_use]
+    pub fn is_pinned(&self) -> bool {
+        self.pinned.load(Ordering::Relaxed)
     }
 }
 
@@ -153,7 +170,12 @@ impl VolumeManager {
             opened = Volume::open(config) => opened?,
         };
         tracing::info!(volume = name, took = ?self.0.env.now().since(began), "attached");
-        let attached = Arc::new(Attached { id: record.id, volume, name: RwLock::new(name.to_owned()) });
+        let attached = Arc::new(Attached {
+            id: record.id,
+            volume,
+            name: RwLock::new(name.to_owned()),
+            pinned: AtomicBool::new(false),
+        });
         self.0.attached.lock().expect("attached lock").insert(record.id, Arc::clone(&attached));
         Ok(attached)
     }
@@ -170,6 +192,12 @@ impl VolumeManager {
             attached.remove(&id);
         }
         attached.get(&id).cloned()
+    }
+
+    /// A volume that has another owner is not served here any more.
+    #[must_use]
+    pub fn let_go(&self, id: VolumeId) -> Option<Arc<Attached>> {
+        self.0.attached.lock().expect("attached lock").remove(&id)
     }
 
     /// State of every served volume.
@@ -195,8 +223,20 @@ impl VolumeManager {
         let _turn = self.turn(id).lock_owned().await;
         let attached = self.0.attached.lock().expect("attached lock").remove(&id);
         match attached {
-            Some(attached) => Ok(attached.volume.close().await?),
+            Some(attached) => self.hand_over(&attached).await,
             None => Ok(()),
+        }
+    }
+
+    /// Ends a volume here, cleanly if that is possible in time: too few nodes or no metadata must keep nobody waiting. What
+    /// was acknowledged is in the journal either way.
+    async fn hand_over(&self, attached: &Attached) -> Result<(), ClusterError> {
+        match self.0.env.timeout(HAND_OVER_FOR, attached.volume.close()).await {
+            Some(closed) => Ok(closed?),
+            None => {
+                attached.volume.abandon();
+                Err(ClusterError::HandOver(attached.name()))
+            }
         }
     }
 
@@ -232,7 +272,7 @@ impl VolumeManager {
         let attached = std::mem::take(&mut *self.0.attached.lock().expect("attached lock"));
         let closes = attached.into_values().map(|attached| async move {
             let name = attached.name();
-            match attached.volume.close().await {
+            match self.hand_over(&attached).await {
                 Ok(()) => tracing::info!(volume = name, "handed over"),
                 Err(error) => {
                     tracing::warn!(volume = name, %error, "not handed over cleanly: the next start recovers it")

@@ -1,23 +1,20 @@
 //! `xsan dev`: the server.
 
 use super::Failure;
-use crate::admin::server::{Admin, serve};
+use super::processes::{self, Processes};
+use super::serve::{Signals, Sockets};
 use crate::cluster::{DevCluster, DevOptions};
 use crate::error::ClusterError;
 use clap::Args;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
-use xsan_env::net::{Listener, UnixOptions};
+use xsan_env::net::UnixOptions;
 use xsan_env::os;
 use xsan_gateway::nbd::handshake::TlsMode;
 use xsan_gateway::server::{Limits, Server};
 use xsan_gateway::tls::{Tls, server_config};
 use xsan_types::parse_bytes;
-
-/// How long clients have to finish at shutdown.
-const GRACE: Duration = Duration::from_secs(10);
 
 fn size(text: &str) -> Result<u64, String> {
     parse_bytes(text).map_err(|error| error.to_string())
@@ -38,6 +35,9 @@ pub(super) struct DevArgs {
     /// Serve NBD on this TCP address as well, for example 127.0.0.1:10809.
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
+    /// A process per node, as on hosts of their own: DIR/n1 … with `pid`, `admin.sock`, `nbd.sock` and `xsan.toml` each.
+    #[arg(long)]
+    processes: bool,
     /// Size of each node's device in a new cluster; by default a share of the free space. Space is taken as it is used.
     #[arg(long, value_parser = size)]
     device_size: Option<u64>,
@@ -75,6 +75,10 @@ impl DevArgs {
 }
 
 pub(super) async fn run(args: DevArgs) -> Result<(), Failure> {
+    if args.processes {
+        let nodes = Processes { dir: args.dir, nodes: args.nodes, listen: args.listen, device_bytes: args.device_size };
+        return processes::run(nodes).await;
+    }
     let env = os::OsRuntime::current();
     let mut signals = Signals::new()?;
     let began = env.now();
@@ -85,39 +89,19 @@ pub(super) async fn run(args: DevArgs) -> Result<(), Failure> {
     let cluster = Arc::new(DevCluster::open(&env, options).await?);
     let exports = Arc::new(cluster.volumes().clone());
     let gateway = Server::new(env.clone(), cluster.buffers().clone(), exports, Limits::default());
-    let socket = cluster.dir().join("nbd.sock");
-    let unix = UnixOptions { mode: args.socket_mode, group: args.socket_group.clone() };
-    let listener = Listener::unix(&socket, &unix)
-        .await
-        .map_err(ClusterError::io(format!("cannot listen on {}", socket.display())))?;
-    let mut listening = vec![gateway.listen(listener, Tls::off())];
-    let mut nbd = vec![format!("nbd+unix:///VOLUME?socket={}", socket.display())];
-    if let Some(address) = args.listen {
-        let what = format!("cannot listen on {address}");
-        let listener = Listener::tcp(address).await.map_err(ClusterError::io(what))?;
-        listening.push(gateway.listen(listener, tls));
-        nbd.push(format!("nbd://{address}/VOLUME"));
-    }
-    let path = cluster.dir().join("admin.sock");
-    let owner_only = UnixOptions { mode: 0o600, group: None };
-    let what = format!("cannot listen on {}", path.display());
-    let listener = Listener::unix(&path, &owner_only).await.map_err(ClusterError::io(what))?;
-    let admin = Admin { cluster: Arc::clone(&cluster), gateway: gateway.clone(), nbd: Arc::new(nbd.clone()) };
-    let serving = env.spawn("admin", serve(admin, listener));
-    println!(
-        "xsan: {} nodes ready in {:.2} s ({})",
-        cluster.nodes().len(),
-        env.now().since(began).as_secs_f64(),
-        cluster.backend()
-    );
-    println!("      admin  {}", path.display());
-    for address in &nbd {
-        println!("      NBD    {address}");
-    }
+    cluster.set_gateway(gateway.clone());
+    let sockets = Sockets {
+        dir: args.dir.clone(),
+        unix: UnixOptions { mode: args.socket_mode, group: args.socket_group.clone() },
+        tcp: args.listen.map(|address| (address, tls)),
+    };
+    let serving = sockets.serve(&env, Arc::<DevCluster>::clone(&cluster), &gateway).await?;
+    let seconds = env.now().since(began).as_secs_f64();
+    println!("xsan: {} nodes ready in {seconds:.2} s ({})", cluster.nodes().len(), cluster.backend());
+    serving.introduce();
     signals.wait().await;
     tracing::info!("shutting down");
-    gateway.shutdown(GRACE).await;
-    serving.abort();
+    serving.end(&gateway).await;
     cluster.close().await;
     Ok(())
 }
@@ -131,29 +115,4 @@ fn tls(args: &DevArgs, env: &xsan_env::Env) -> Result<Tls, Failure> {
     let config = server_config(env, &certificate, &key, ca.as_deref())
         .map_err(|error| Failure::Usage(format!("TLS: {error}"), None))?;
     Ok(Tls::new(TlsMode::Required, config))
-}
-
-/// SIGTERM and SIGINT.
-struct Signals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
-}
-
-impl Signals {
-    fn new() -> Result<Self, ClusterError> {
-        use tokio::signal::unix::{SignalKind, signal};
-        let failed = || ClusterError::io("signals");
-        Ok(Self {
-            terminate: signal(SignalKind::terminate()).map_err(failed())?,
-            interrupt: signal(SignalKind::interrupt()).map_err(failed())?,
-        })
-    }
-
-    async fn wait(&mut self) {
-        tokio::select! {
-            biased;
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
-    }
 }

@@ -2,10 +2,13 @@
 
 mod debug;
 mod dev;
+mod host;
 mod output;
+mod processes;
+mod serve;
 mod volume;
 
-use crate::admin::api::{ClusterStatus, CreatePool, Done, StopNode};
+use crate::admin::api::{ClusterStatus, CreatePool, Done, RenameNode, StopNode};
 use crate::admin::client::{Client, ClientError};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use hyper::Method;
@@ -62,7 +65,10 @@ enum Command {
     /// Make, look at, change and remove volumes.
     #[command(subcommand)]
     Volume(volume::VolumeCommand),
-    /// Look at, stop and start nodes.
+    /// Make a cluster of hosts, and let hosts in.
+    #[command(subcommand)]
+    Cluster(host::ClusterCommand),
+    /// Join, run, look at, stop and start nodes.
     #[command(subcommand)]
     Node(NodeCommand),
     /// Read devices and metadata files, changing nothing: for finding out what went wrong.
@@ -105,8 +111,32 @@ struct CreatePoolArgs {
 
 #[derive(Debug, Subcommand)]
 enum NodeCommand {
+    /// Make this host a node of a cluster and start its daemon.
+    Join(host::JoinArgs),
+    /// Run this host's daemon in the foreground, until SIGTERM or SIGINT: what systemd starts.
+    Run(host::RunArgs),
     /// List nodes.
     List,
+    /// Show one node: its state, since when, why, and its devices.
+    Show {
+        /// Its name.
+        name: String,
+    },
+    /// Give a node another name.
+    Rename {
+        /// Its name.
+        name: String,
+        /// Its new name.
+        new_name: String,
+    },
+    /// Forget a node that is down for good and holds no positions of placement groups. Asks first.
+    Remove {
+        /// Its name.
+        name: String,
+        /// Do not ask.
+        #[arg(long, short)]
+        yes: bool,
+    },
     /// Stop a node: its shards are served from the others until it is started again.
     Stop {
         /// Its name.
@@ -187,9 +217,10 @@ impl Failure {
 /// Parses the command line and does it.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
-    init_logs(cli.log.as_deref(), matches!(cli.command, Command::Dev(_)));
+    init_logs(cli.log.as_deref(), matches!(cli.command, Command::Dev(_) | Command::Node(NodeCommand::Run(_))));
     let workers = match &cli.command {
         Command::Dev(args) => args.workers(),
+        Command::Node(NodeCommand::Run(args)) => args.workers(),
         _ => 1,
     };
     let runtime = match os::build_runtime(workers) {
@@ -223,12 +254,7 @@ fn init_logs(filter: Option<&str>, server: bool) {
 async fn dispatch(cli: Cli) -> Result<(), Failure> {
     let admin = cli.admin;
     let client = || -> Result<Client, Failure> {
-        let socket = admin.clone().ok_or_else(|| {
-            Failure::Usage(
-                "which cluster? no admin socket was named".into(),
-                Some("pass --admin DIR/admin.sock or set XSAN_ADMIN".into()),
-            )
-        })?;
+        let socket = admin.clone().or_else(installed_socket).ok_or_else(no_admin)?;
         Ok(Client::new(os::OsRuntime::current(), socket))
     };
     match cli.command {
@@ -241,8 +267,24 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Status => status(&client()?, cli.output).await,
         Command::Pool(command) => pool(&client()?, command, cli.output).await,
         Command::Volume(command) => volume::run(&client()?, command, cli.output).await,
+        Command::Cluster(command) => host::cluster(command, client().ok(), cli.output).await,
+        Command::Node(NodeCommand::Join(args)) => host::join(args, cli.output).await,
+        Command::Node(NodeCommand::Run(args)) => host::run(args).await,
         Command::Node(command) => node(&client()?, command, cli.output).await,
     }
+}
+
+/// The socket of the daemon that is installed on this host, if there is one.
+fn installed_socket() -> Option<PathBuf> {
+    let socket = PathBuf::from("/var/lib/xsan/admin.sock");
+    socket.exists().then_some(socket)
+}
+
+fn no_admin() -> Failure {
+    Failure::Usage(
+        "which cluster? no admin socket was named".into(),
+        Some("pass --admin DIR/admin.sock or set XSAN_ADMIN".into()),
+    )
 }
 
 async fn fetch(client: &Client) -> Result<ClusterStatus, Failure> {
@@ -304,6 +346,26 @@ async fn node(client: &Client, command: NodeCommand, output: Output) -> Result<(
                 Output::Json => output::json(&nodes),
                 Output::Text => output::nodes(&nodes),
             }
+        }
+        NodeCommand::Join(_) | NodeCommand::Run(_) => unreachable!("done without a client"),
+        NodeCommand::Show { name } => {
+            let nodes = fetch(client).await?.nodes;
+            let node = nodes.iter().find(|node| node.name == name);
+            let node = node.ok_or_else(|| crate::error::ClusterError::NoNode(name.clone()))?;
+            match output {
+                Output::Json => output::json(node),
+                Output::Text => output::node(node),
+            }
+        }
+        NodeCommand::Rename { name, new_name } => {
+            let request = RenameNode { name: new_name.clone() };
+            let done: Done = client.call(Method::PATCH, &format!("/v1/nodes/{name}"), &request).await?;
+            output::done(output, &done, &format!("node {name} is {new_name} now"));
+        }
+        NodeCommand::Remove { name, yes } => {
+            volume::confirm(yes, &format!("Forget node {name}? It is not let in again."))?;
+            let done: Done = client.call(Method::DELETE, &format!("/v1/nodes/{name}"), &Done {}).await?;
+            output::done(output, &done, &format!("node {name} removed"));
         }
         NodeCommand::Stop { name, crash } => {
             let path = format!("/v1/nodes/{name}/stop");

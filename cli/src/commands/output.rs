@@ -80,10 +80,31 @@ pub(super) fn nodes(nodes: &[NodeStatus]) {
         } else {
             "-".to_owned()
         };
-        let state = if node.failed { "failed".to_owned() } else { node.state.clone() };
+        let state = match (node.failed, node.answers || node.state == "down") {
+            (true, _) => "failed".to_owned(),
+            (false, true) => node.state.clone(),
+            (false, false) => format!("{} (silent)", node.state),
+        };
         vec![node.name.clone(), state, used, node.shards.to_string(), node.members.to_string()]
     };
     table(&["node", "state", "used", "shards", "journals"], &[2, 3, 4], nodes.iter().map(row).collect());
+}
+
+pub(super) fn node(node: &NodeStatus) {
+    line!("node      {} (id {})", node.name, node.id);
+    line!("state     {} ({})", node.state, node.reason);
+    line!("answers   {}", if node.answers { "yes" } else { "no" });
+    line!("host      {}", node.host);
+    if !node.address.is_empty() {
+        line!("address   {}", node.address);
+    }
+    for device in &node.devices {
+        let state = if device.failed { ", failed" } else { "" };
+        let (used, capacity) = (format_bytes(device.used), format_bytes(device.capacity));
+        line!("device    {} {used} of {capacity}{state}", device.id);
+    }
+    line!("shards    {}", node.shards);
+    line!("journals  {}", node.members);
 }
 
 pub(super) fn pools(pools: &[PoolStatus]) {
@@ -126,6 +147,9 @@ pub(super) fn volume(volume: &VolumeInfo) {
     line!("state       {}", volume.state);
     if let Some(reason) = &volume.reason {
         line!("waits for   {reason}");
+    }
+    if let Some(node) = &volume.node {
+        line!("served by   {node}");
     }
     line!("clients     {}", volume.clients);
     line!("generation  {}", volume.generation);

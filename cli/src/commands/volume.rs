@@ -54,6 +54,11 @@ pub(super) enum VolumeCommand {
         /// Its new name.
         new_name: String,
     },
+    /// Move a volume to the node that is asked: it is served there from now on. Its clients elsewhere are cut off.
+    Attach {
+        /// Its name.
+        name: String,
+    },
     /// Delete a volume and everything in it. Asks first.
     Delete {
         /// Its name.
@@ -102,6 +107,10 @@ pub(super) async fn run(client: &Client, command: VolumeCommand, output: Output)
             let done: Done = client.call(Method::PATCH, &format!("/v1/volumes/{name}"), &request).await?;
             output::done(output, &done, &format!("volume {name} is {new_name} now"));
         }
+        VolumeCommand::Attach { name } => {
+            let done: Done = client.call(Method::POST, &format!("/v1/volumes/{name}/attach"), &Done {}).await?;
+            output::done(output, &done, &format!("volume {name} is served here"));
+        }
         VolumeCommand::Delete { name, yes, force } => {
             let volume = find(client, &name).await?;
             if !yes {
@@ -118,6 +127,24 @@ pub(super) async fn run(client: &Client, command: VolumeCommand, output: Output)
 async fn find(client: &Client, name: &str) -> Result<VolumeInfo, Failure> {
     let found = fetch(client).await?.volumes.into_iter().find(|volume| volume.name == name);
     found.ok_or_else(|| crate::error::ClusterError::NoVolume(name.to_owned()).into())
+}
+
+/// A yes to `question`, from the command line or from a person.
+pub(super) fn confirm(yes: bool, question: &str) -> Result<(), Failure> {
+    let next = Some("pass --yes to do it without being asked".to_owned());
+    if yes {
+        return Ok(());
+    }
+    if !std::io::stdin().is_terminal() {
+        return Err(Failure::Usage("this cannot be undone and nobody is here to confirm it".into(), next));
+    }
+    eprint!("{question} Type yes: ");
+    let _ = std::io::stderr().flush();
+    let mut line = String::new();
+    match std::io::stdin().lock().read_line(&mut line) {
+        Ok(_) if line.trim() == "yes" => Ok(()),
+        _ => Err(Failure::Usage("not confirmed, nothing was done".into(), next)),
+    }
 }
 
 /// Nothing irreversible without asking.

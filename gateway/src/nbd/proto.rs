@@ -225,7 +225,7 @@ impl From<crate::ExportError> for Errno {
             E::NotSupported => Errno::NotSup,
             E::ReadOnly => Errno::Perm,
             E::Io => Errno::Io,
-            E::Shutdown => Errno::Shutdown,
+            E::Shutdown | E::Moved => Errno::Shutdown,
         }
     }
 }

@@ -114,6 +114,8 @@ pub(crate) struct Transmission<'a, S> {
     /// The client said goodbye or its side of the stream ended: answer what is there, then close.
     closing: bool,
     draining: bool,
+    /// The volume is served elsewhere: nothing more is answered.
+    moved_away: bool,
     /// Counts transfers either way, to see a peer that is stuck.
     moved: u64,
     stall: Option<(u64, BoxFuture<'static, ()>)>,
@@ -147,6 +149,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<'a, S> {
             charged: 0,
             closing: false,
             draining: false,
+            moved_away: false,
             moved: 0,
             stall: None,
             begun: 0,
@@ -164,6 +167,9 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<'a, S> {
                 Order::Cut | Order::Kill => return Poll::Ready(End::Cut),
             }
             let mut progress = self.collect(context);
+            if self.moved_away {
+                return Poll::Ready(End::Cut);
+            }
             // Before anybody can have read the replies.
             self.session.count(std::mem::take(&mut self.uncounted));
             match self.send(context) {
@@ -180,6 +186,9 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<'a, S> {
                 break;
             }
             order = self.session.order_now();
+        }
+        if self.moved_away {
+            return Poll::Ready(End::Cut);
         }
         let answered = self.ops.is_empty() && self.output.is_empty() && !self.unflushed;
         if answered && (self.closing || self.draining) {
@@ -407,6 +416,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<'a, S> {
                     self.uncounted.written_bytes += u64::from(length);
                 }
             }
+            Err(ExportError::Moved) => self.moved_away = true,
             Err(error) => self.refuse(echo, Refusal { errno: error.into(), reason: reason(error) }),
         }
     }
@@ -458,5 +468,6 @@ fn reason(error: ExportError) -> &'static str {
         ExportError::ReadOnly => "the export is read-only",
         ExportError::Io => "input/output error",
         ExportError::Shutdown => "the volume is closing",
+        ExportError::Moved => "the volume has moved",
     }
 }

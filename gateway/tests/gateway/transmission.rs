@@ -400,6 +400,21 @@ async fn errors_of_the_export_reach_the_client_with_their_number() {
 }
 
 #[tokio::test]
+async fn a_volume_that_has_moved_ends_the_connection_without_an_answer() {
+    for style in STYLES {
+        let world = World::new();
+        let mut client = world.connect(style).await;
+        let mut other = world.connect(style).await;
+        world.export.fail_with(Some(ExportError::Moved));
+        let error = client.write(0, &[7; 512], 0).await.expect_err("no answer");
+        assert_eq!(error.errno(), None, "{error}");
+        world.export.fail_with(None);
+        assert!(other.read(0, 512).await.is_ok(), "a connection that asked nothing goes on");
+        assert!(world.connect(style).await.read(0, 512).await.is_ok(), "it may come back");
+    }
+}
+
+#[tokio::test]
 async fn errors_come_with_words_where_the_style_has_room() {
     for style in CHUNKED {
         let mut client = World::new().connect(style).await;

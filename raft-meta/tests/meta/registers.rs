@@ -373,3 +373,18 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_generation_that_gave_its_set_up_is_told_to_be_over_and_one_that_was_only_taken_is_not() {
+    let mut state = state_after(&whole_cluster());
+    let view = |state: &MetaState| state.volumes[&VOLUME].register_view();
+    assert_eq!(view(&state).generation, Generation(0));
+    state.apply(&change(0, 0, 1, RegisterChange::Take)).unwrap();
+    assert_eq!((view(&state).generation, view(&state).set), (Generation(1), None), "it may be about to register a set");
+    state.apply(&change(1, 1, 2, RegisterChange::Commit { set: set(1, 1), checkpoint: None })).unwrap();
+    assert_eq!(view(&state).generation, Generation(1));
+    state.apply(&change(1, 2, 3, RegisterChange::Set(None))).unwrap();
+    assert_eq!((view(&state).generation, view(&state).set), (Generation(2), None), "all of generation 1 is garbage");
+    state.apply(&change(1, 3, 4, RegisterChange::Take)).unwrap();
+    assert_eq!((view(&state).generation, view(&state).set), (Generation(2), None));
+}

@@ -1,0 +1,283 @@
+//! Which node serves a volume: taking over, letting go, and what a client is told that asks the wrong node (RFC 0005). Nothing here
+//! fences anything: two nodes that both believe in their right are told apart by the register (P2).
+
+use super::host::Host;
+use super::maps::answers;
+use super::membership::{Release, Reply, Resize};
+use super::volumes::Attached;
+use crate::cluster::export::{VolumeExport, volume_info};
+use crate::error::ClusterError;
+use raft_meta::{Command, Consensus, MetaState, Served};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+use xsan_env::runtime::BoxFuture;
+use xsan_gateway::{Export, ExportInfo, Exports, OpenError, Transport};
+use xsan_types::{ErrorKind, NodeId, VolumeId};
+
+/// How long another node has to hand a volume over before it is taken without its help.
+const RELEASE_FOR: Duration = Duration::from_secs(2);
+/// How long a client that opens a volume waits for the word of a node that does not answer: by then it is down.
+const SILENCE_MAX: Duration = Duration::from_secs(6);
+/// How long a volume that was let go is not taken back by itself.
+const AWAY_FOR: Duration = Duration::from_secs(5);
+/// A resize waits for what is being written.
+const RESIZE_FOR: Duration = Duration::from_secs(30);
+/// The note of who serves is worth no longer wait at shutdown.
+const NOTE_FOR: Duration = Duration::from_secs(1);
+
+impl Host {
+    fn find(&self, view: &MetaState, name: &str) -> Result<VolumeId, ClusterError> {
+        view.volume_named(name).map(|volume| volume.id).ok_or_else(|| ClusterError::NoVolume(name.to_owned()))
+    }
+
+    /// Who else serves a volume, by the metadata's note, if that node should answer.
+    fn other_owner(&self, view: &MetaState, volume: VolumeId) -> Option<NodeId> {
+        let Served { node, .. } = *view.hosts.served.get(&volume)?;
+        let answers = view.node(node).is_some_and(|node| answers(node.state));
+        (node != self.node_id() && answers).then_some(node)
+    }
+
+    /// Moves a volume here, from wherever it is served. Its clients there are cut off; they find it here. It stays until it is
+    /// moved again, or this process ends.
+    ///
+    /// # Errors
+    /// No such volume; why the take-over failed.
+    pub async fn attach(&self, name: &str) -> Result<Arc<Attached>, ClusterError> {
+        let view = self.catch_up().await?;
+        let id = self.find(&view, name)?;
+        if let Some(attached) = self.volumes().serving(id) {
+            attached.pin();
+            return Ok(attached);
+        }
+        if let Some(owner) = self.other_owner(&view, id) {
+            match self.ask_release(owner, &Release { volume: id, force: true }, RELEASE_FOR).await {
+                Some(Reply::Done) => {}
+                // Without its help the volume is recovered, and the other one is fenced.
+                answer => tracing::warn!(volume = name, %owner, ?answer, "taken over without a hand-over"),
+            }
+        }
+        let attached = self.take(id, name).await?;
+        attached.pin();
+        Ok(attached)
+    }
+
+    /// Serves a volume for a client that asks for it here.
+    ///
+    /// # Errors
+    /// No such volume; it is served by another node, for other clients; why the take-over failed.
+    pub async fn open_for_client(&self, name: &str) -> Result<Arc<Attached>, ClusterError> {
+        // A volume made on another node a moment ago may not be known here yet.
+        let view = match self.view().volume_named(name) {
+            Some(_) => self.view(),
+            None => self.catch_up().await?,
+        };
+        let id = self.find(&view, name)?;
+        if let Some(attached) = self.volumes().serving(id) {
+            return Ok(attached);
+        }
+        let since = self.env().now();
+        let mut applied = self.group().subscribe();
+        loop {
+            let view = self.view();
+            if self.is_leaving(id) && view.hosts.served.get(&id).is_none_or(|served| served.node == self.node_id()) {
+                return Err(ClusterError::ServedElsewhere { name: name.to_owned(), node: "another node".into() });
+            }
+            let Some(owner) = self.other_owner(&view, id) else { break };
+            let owner_name = view.node(owner).map_or_else(String::new, |node| node.name.to_string());
+            match self.ask_release(owner, &Release { volume: id, force: false }, RELEASE_FOR).await {
+                Some(Reply::Done) => break,
+                Some(Reply::InUse { .. }) => {
+                    return Err(ClusterError::ServedElsewhere { name: name.to_owned(), node: owner_name });
+                }
+                Some(Reply::Failed { message }) => {
+                    tracing::warn!(volume = name, %owner, message, "taken over without a hand-over");
+                    break;
+                }
+                None if self.env().now().since(since) > SILENCE_MAX => {
+                    return Err(ClusterError::ServedElsewhere { name: name.to_owned(), node: owner_name });
+                }
+                // It is down soon, or answers again.
+                None => drop(self.env().timeout(Duration::from_millis(250), applied.changed()).await),
+            }
+        }
+        self.take(id, name).await
+    }
+
+    async fn take(&self, id: VolumeId, name: &str) -> Result<Arc<Attached>, ClusterError> {
+        self.releasing.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        let attached = self.volumes().attach(name).await?;
+        self.note_served(&attached, Some(self.node_id()));
+        Ok(attached)
+    }
+
+    /// Notes in the metadata who serves; nobody waits for it.
+    fn note_served(&self, attached: &Attached, node: Option<NodeId>) {
+        let generation = attached.volume.status().generation;
+        let noted = self.group().propose(Command::VolumeServed { volume: attached.id, generation, node });
+        drop(self.env().spawn("served", async move {
+            if let Err(error) = noted.await {
+                tracing::debug!(%error, "not noted who serves the volume");
+            }
+        }));
+    }
+
+    fn is_leaving(&self, id: VolumeId) -> bool {
+        let mut releasing = self.releasing.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.env().now();
+        releasing.retain(|_, since| now.since(*since) < AWAY_FOR);
+        releasing.contains_key(&id)
+    }
+
+    /// Lets a volume go for another node.
+    pub async fn release(&self, id: VolumeId, force: bool) -> Reply {
+        let Some(attached) = self.volumes().serving(id) else { return Reply::Done };
+        let clients = self.clients(id);
+        if (clients > 0 || attached.is_pinned()) && !force {
+            return Reply::InUse { clients };
+        }
+        self.releasing.lock().unwrap_or_else(PoisonError::into_inner).insert(id, self.env().now());
+        let name = attached.name();
+        tracing::info!(volume = name, clients, "handed over to another node");
+        // First what is under way, so that clients are told of all that was done for them.
+        if let Some(gateway) = self.gateway.get() {
+            gateway.disconnect(&name).await;
+        }
+        match self.volumes().detach(id).await {
+            Ok(()) => {
+                self.note_served(&attached, None);
+                Reply::Done
+            }
+            Err(error) => Reply::Failed { message: error.to_string() },
+        }
+    }
+
+    /// Another size for a volume, wherever it is served.
+    ///
+    /// # Errors
+    /// Its owner refused or does not answer.
+    pub async fn resize(&self, name: &str, size: u64) -> Result<(), ClusterError> {
+        let view = self.catch_up().await?;
+        let id = self.find(&view, name)?;
+        let Some(owner) = self.other_owner(&view, id).filter(|_| self.volumes().serving(id).is_none()) else {
+            let attached = self.open_for_client(name).await?;
+            return Ok(attached.volume.resize(size).await?);
+        };
+        match self.ask_resize(owner, &Resize { volume: id, size }, RESIZE_FOR).await {
+            Some(Reply::Done) => Ok(()),
+            Some(Reply::Failed { message }) => Err(ClusterError::Invalid(message)),
+            // It let the volume go meanwhile.
+            Some(Reply::InUse { .. }) | None => Err(ClusterError::NoAnswer(owner)),
+        }
+    }
+
+    /// Another size for a volume that this node serves.
+    pub async fn resize_here(&self, id: VolumeId, size: u64) -> Reply {
+        let Some(attached) = self.volumes().serving(id) else {
+            return Reply::Failed { message: "the volume has just moved: ask again".into() };
+        };
+        match attached.volume.resize(size).await {
+            Ok(()) => Reply::Done,
+            Err(error) => Reply::Failed { message: error.to_string() },
+        }
+    }
+
+    /// Removes a volume, wherever it is served.
+    ///
+    /// # Errors
+    /// It has clients, unless `force`; those of the register.
+    pub async fn delete_volume(&self, name: &str, force: bool) -> Result<(), ClusterError> {
+        let view = self.catch_up().await?;
+        let id = self.find(&view, name)?;
+        let pool = view.volume(id).map(|volume| volume.pool).ok_or_else(|| ClusterError::NoVolume(name.to_owned()))?;
+        let in_use = |clients| ClusterError::InUse { name: name.to_owned(), clients };
+        let clients = self.clients(id);
+        if clients > 0 && !force {
+            return Err(in_use(clients));
+        }
+        if let Some(owner) = self.other_owner(&view, id) {
+            match self.ask_release(owner, &Release { volume: id, force }, RELEASE_FOR).await {
+                Some(Reply::InUse { clients }) => return Err(in_use(clients)),
+                Some(_) => {}
+                // What it serves ends with the register; unasked it is not done to clients that may be there.
+                None if force => {}
+                None => return Err(ClusterError::NoAnswer(owner)),
+            }
+        }
+        self.volumes().delete(id, pool).await?;
+        if let Some(gateway) = self.gateway.get() {
+            gateway.disconnect(name).await;
+        }
+        Ok(())
+    }
+
+    /// Cuts the clients of volumes off that have a newer owner or are gone.
+    pub async fn fence(self: &Arc<Self>, view: &MetaState) {
+        for (id, status) in self.volumes().statuses() {
+            let register = view.volumes.get(&id).map(raft_meta::Volume::register);
+            let newer = register.is_some_and(|register| register.generation > status.generation);
+            let deleted = view.volume(id).is_none() && view.volumes.contains_key(&id);
+            if !(newer || deleted || status.health.is_final()) {
+                if let Some(volume) = view.volume(id) {
+                    self.volumes().renamed(id, volume.name.as_str());
+                }
+                continue;
+            }
+            let Some(attached) = self.volumes().let_go(id) else { continue };
+            let (host, name) = (Arc::clone(self), attached.name());
+            tracing::info!(volume = name, generation = %status.generation, "another owner has the volume");
+            attached.volume.abandon();
+            drop(self.env().spawn("fenced volume", async move {
+                if let Some(gateway) = host.gateway.get() {
+                    gateway.disconnect(&name).await;
+                }
+            }));
+        }
+    }
+
+    /// Hands every volume over, before the process ends.
+    pub(super) async fn give_volumes_up(&self) {
+        let served: Vec<Arc<Attached>> =
+            self.volumes().statuses().keys().filter_map(|&id| self.volumes().serving(id)).collect();
+        self.volumes().close().await;
+        for attached in served {
+            let generation = attached.volume.status().generation;
+            let note = Command::VolumeServed { volume: attached.id, generation, node: None };
+            // Without it the next owner asks a node that is gone, and finds it down.
+            let _ = self.env().timeout(NOTE_FOR, self.group().propose(note)).await;
+        }
+    }
+}
+
+/// The volumes of the cluster as this node's NBD clients see them.
+pub struct HostExports(pub Arc<Host>);
+
+impl Exports for HostExports {
+    fn list(&self) -> BoxFuture<'static, Vec<(String, String)>> {
+        self.0.volumes().list()
+    }
+
+    fn info(&self, name: &str, transport: Transport) -> BoxFuture<'static, Option<ExportInfo>> {
+        let (host, name) = (Arc::clone(&self.0), name.to_owned());
+        Box::pin(async move {
+            if host.view().volume_named(&name).is_none() {
+                // Made elsewhere a moment ago, perhaps; without an answer it is unknown here.
+                let _ = host.env().timeout(Duration::from_secs(1), host.catch_up()).await;
+            }
+            volume_info(&host.view(), &name, transport)
+        })
+    }
+
+    fn open(&self, name: &str, transport: Transport) -> BoxFuture<'static, Result<Arc<dyn Export>, OpenError>> {
+        let (host, name) = (Arc::clone(&self.0), name.to_owned());
+        Box::pin(async move {
+            match host.open_for_client(&name).await {
+                Ok(attached) => Ok(Arc::new(VolumeExport::new(attached, transport)) as Arc<dyn Export>),
+                Err(error) if error.kind() == ErrorKind::NotFound => Err(OpenError::NotFound),
+                Err(error) => {
+                    tracing::warn!(volume = name, %error, "cannot serve the volume");
+                    Err(OpenError::Unavailable)
+                }
+            }
+        })
+    }
+}
