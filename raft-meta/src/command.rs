@@ -181,6 +181,8 @@ pub enum Command {
     ReportNode {
         /// Which.
         node: NodeId,
+        /// The term of the leader that saw it: refused in the log of a later one, which sees for itself.
+        term: u64,
         /// What the metadata said then: refused if it says something else by now.
         from: NodeState,
         /// What was seen.

@@ -147,7 +147,7 @@ impl MetaState {
                 Ok(Outcome::Done)
             }
             Command::RenameNode { node, name } => self.rename_node(*node, name),
-            Command::ReportNode { node, from, to, now_millis, reason } => {
+            Command::ReportNode { node, from, to, now_millis, reason, .. } => {
                 bounded(reason)?;
                 if self.node(*node).ok_or(MetaError::NoNode(*node))?.state != *from {
                     // Somebody else was faster: what was seen is out of date.

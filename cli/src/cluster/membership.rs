@@ -19,7 +19,9 @@ pub const BEAT_EVERY: Duration = Duration::from_millis(250);
 /// Beats that wait for the leader's task; more are dropped, as messages may be.
 const BEATS_MAX: usize = 1024;
 /// How long a proposal of the leader may take before it looks again.
-const PROPOSAL_FOR: Duration = Duration::from_secs(1);
+const PROPOSAL_FOR: Duration = Duration::from_millis(500);
+/// A leader that did not get to look for this long was not running, and did not hear.
+const FROZEN_FOR: Duration = Duration::from_millis(900);
 
 const HEARTBEAT: u16 = 1;
 const REPORT: u16 = 2;
@@ -213,11 +215,21 @@ pub async fn lead(host: Arc<Host>, mut beats: mpsc::Receiver<Heard>) {
         tracing::info!("this node leads the metadata group");
         // What came for an earlier lead says nothing of now.
         while beats.try_recv().is_ok() {}
-        let mut detector = Detector::new(Options::default(), host.env().now());
-        while status.borrow_and_update().leader == Some(own) {
-            judge(&host, &mut detector).await;
-            bring_in(&host).await;
+        let mut looked = host.env().now();
+        let mut detector = Detector::new(Options::default(), looked);
+        loop {
+            let term = match status.borrow_and_update() {
+                status if status.leader == Some(own) => status.term,
+                _ => break,
+            };
             let now = host.env().now();
+            if now.since(looked) > FROZEN_FOR {
+                tracing::warn!("this process stood still: others are not judged by the time it missed");
+                detector = Detector::new(Options::default(), now);
+            }
+            looked = now;
+            judge(&host, &mut detector, term).await;
+            bring_in(&host).await;
             let pause = detector.next_at().map_or(BEAT_EVERY, |at| at.since(now).min(BEAT_EVERY));
             let first = host.env().timeout(pause.max(Duration::from_millis(5)), beats.recv()).await;
             let mut next = first.flatten();
@@ -236,7 +248,7 @@ pub async fn lead(host: Arc<Host>, mut beats: mpsc::Receiver<Heard>) {
     }
 }
 
-async fn judge(host: &Host, detector: &mut Detector) {
+async fn judge(host: &Host, detector: &mut Detector, term: u64) {
     let (view, now) = (host.view(), host.env().now());
     let observed = view.nodes.values().filter(|node| view.node(node.id).is_some()).map(|node| Observed {
         node: node.id,
@@ -250,6 +262,7 @@ async fn judge(host: &Host, detector: &mut Detector) {
         tracing::info!(node = %node.name, from = %node.state, to = %verdict.state, reason, "a node changes its state");
         let command = Command::ReportNode {
             node: node.id,
+            term,
             from: node.state,
             to: verdict.state,
             now_millis: host.env().wall_millis(),

@@ -1,7 +1,7 @@
 //! What the entries of the log make of a cluster: the metadata, who is a member, and whose proposals were applied. Pure, the
 //! same on every replica after the same entry.
 
-use crate::command::Outcome;
+use crate::command::{Command, Outcome};
 use crate::error::{FormatError, MetaError};
 use crate::format;
 use crate::raft::entry::{LogEntry, Origin, Payload, ReplicaId, Role, Step, put_entry};
@@ -132,7 +132,7 @@ impl Machine {
                 let command = format::decode_command(envelope, entry.index)?;
                 if self.is_new(*origin) {
                     self.sessions.insert(origin.replica, Session { start: origin.start, sequence: origin.sequence });
-                    Applied::Command(*origin, Arc::make_mut(&mut self.state).apply(&command))
+                    Applied::Command(*origin, self.apply_command(&command, entry.term))
                 } else {
                     Applied::Skipped(*origin)
                 }
@@ -143,6 +143,17 @@ impl Machine {
         self.digest = mix(self.digest ^ (u64::from(crc32c(&bytes).0) << 32 | bytes.len() as u64));
         (self.index, self.term) = (entry.index, entry.term);
         Ok(applied)
+    }
+
+    /// What a leader saw counts in its own term only: a leader of an earlier one that was frozen, or cut off, took its own silence
+    /// for that of all others, and its proposal is handed on to its successor.
+    fn apply_command(&mut self, command: &Command, term: u64) -> Result<Outcome, MetaError> {
+        if let Command::ReportNode { term: seen_in, .. } = command
+            && *seen_in != term
+        {
+            return Err(MetaError::Outdated);
+        }
+        Arc::make_mut(&mut self.state).apply(command)
     }
 
     /// Only members propose, and each proposal counts once: proposals are sent again until they are answered, and the

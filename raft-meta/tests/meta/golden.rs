@@ -145,6 +145,7 @@ fn host_commands() -> Vec<Command> {
         Command::RenameNode { node, name: name("h7") },
         Command::ReportNode {
             node,
+            term: 1,
             from: NodeState::Joining,
             to: NodeState::Up,
             now_millis: 4_500,

@@ -102,13 +102,19 @@ fn a_taken_name_is_refused_unless_the_node_is_down_and_to_be_replaced() {
 fn a_report_that_is_out_of_date_changes_nothing() {
     let mut state = state_after(&[token(5)]);
     let node = admit(&mut state, candidacy("a"));
-    let report = |from, to| Command::ReportNode { node, from, to, now_millis: 77, reason: "silent".into() };
+    let report = |from, to| Command::ReportNode { node, term: 1, from, to, now_millis: 77, reason: "silent".into() };
     refuse(&mut state, &report(NodeState::Up, NodeState::Suspect), &MetaError::Outdated);
     state.apply(&report(NodeState::Joining, NodeState::Up)).unwrap();
     let record = &state.hosts.nodes[&node];
     assert_eq!((record.since_millis, record.reason.as_str()), (77, "silent"));
-    let long =
-        Command::ReportNode { node, from: NodeState::Up, to: NodeState::Down, now_millis: 78, reason: "x".repeat(256) };
+    let long = Command::ReportNode {
+        node,
+        term: 1,
+        from: NodeState::Up,
+        to: NodeState::Down,
+        now_millis: 78,
+        reason: "x".repeat(256),
+    };
     refuse(&mut state, &long, &MetaError::TextTooLong);
 }
 

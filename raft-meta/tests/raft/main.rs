@@ -8,5 +8,6 @@ mod life;
 mod lives;
 mod order;
 mod shell;
+mod verdicts;
 mod voters;
 mod world;
