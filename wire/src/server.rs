@@ -192,7 +192,7 @@ impl Server {
 /// Who a stranger has turned out to be.
 enum Shaken {
     /// A node that speaks frames.
-    Peer(Transport, Input, PeerInfo),
+    Peer(Box<(Transport, Input, PeerInfo)>),
     /// A host that wants to become one, and where it is.
     Joiner(Box<TlsStream<ReadAhead>>, String),
 }
@@ -265,7 +265,7 @@ impl Shared {
         let shaken = self.until_ordered(entry, self.endpoint.env.timeout(limit, shaken)).await;
         let Some(shaken) = shaken else { return Ok(()) };
         let (transport, input, peer) = match shaken.unwrap_or(Err(ConnectError::Silent))? {
-            Shaken::Peer(transport, input, peer) => (transport, input, peer),
+            Shaken::Peer(peer) => *peer,
             Shaken::Joiner(stream, address) => {
                 let joined = self.let_join(*stream, address);
                 return self.until_ordered(entry, joined).await.unwrap_or(Ok(()));
@@ -321,7 +321,7 @@ impl Shared {
         output.push(&Header::of(Kind::Welcome), Payload::None, |out| welcome.put(out));
         transport.send_all(&mut output).await.map_err(ConnectError::Io)?;
         input.set_bounds(Bounds::PEERS);
-        Ok(Shaken::Peer(transport, input, peer))
+        Ok(Shaken::Peer(Box::new((transport, input, peer))))
     }
 
     /// One request of a host that has no certificate yet.

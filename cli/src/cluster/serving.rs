@@ -97,7 +97,9 @@ impl Host {
                     return Err(ClusterError::ServedElsewhere { name: name.to_owned(), node: owner_name });
                 }
                 // It is down soon, or answers again.
-                None => drop(self.env().timeout(Duration::from_millis(250), applied.changed()).await),
+                None => {
+                    let _ = self.env().timeout(Duration::from_millis(250), applied.changed()).await;
+                }
             }
         }
         self.take(id, name).await

@@ -36,7 +36,7 @@ pub(super) enum ClusterCommand {
   h2# xsan node join TOKEN --peer h1 --device /dev/sdb
   h3# xsan node join TOKEN --peer h1 --device /dev/sdb
   h1# xsan pool create --ec 2+1 && xsan volume create vm1 --size 100GiB")]
-    Init(NewNode),
+    Init(Box<NewNode>),
     /// Print a token that lets more hosts in.
     Token {
         /// How long it is good, in minutes.
@@ -126,7 +126,7 @@ impl RunArgs {
 
 pub(super) async fn cluster(command: ClusterCommand, client: Option<Client>, output: Output) -> Result<(), Failure> {
     match command {
-        ClusterCommand::Init(node) => init(node, output).await,
+        ClusterCommand::Init(node) => init(*node, output).await,
         ClusterCommand::Token { minutes, uses } => {
             let client = client.ok_or_else(super::no_admin)?;
             let request = CreateToken { seconds: minutes.saturating_mul(60), uses };

@@ -112,7 +112,7 @@ struct CreatePoolArgs {
 #[derive(Debug, Subcommand)]
 enum NodeCommand {
     /// Make this host a node of a cluster and start its daemon.
-    Join(host::JoinArgs),
+    Join(Box<host::JoinArgs>),
     /// Run this host's daemon in the foreground, until SIGTERM or SIGINT: what systemd starts.
     Run(host::RunArgs),
     /// List nodes.
@@ -268,7 +268,7 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Pool(command) => pool(&client()?, command, cli.output).await,
         Command::Volume(command) => volume::run(&client()?, command, cli.output).await,
         Command::Cluster(command) => host::cluster(command, client().ok(), cli.output).await,
-        Command::Node(NodeCommand::Join(args)) => host::join(args, cli.output).await,
+        Command::Node(NodeCommand::Join(args)) => host::join(*args, cli.output).await,
         Command::Node(NodeCommand::Run(args)) => host::run(args).await,
         Command::Node(command) => node(&client()?, command, cli.output).await,
     }
