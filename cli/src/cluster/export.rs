@@ -47,8 +47,9 @@ fn info(name: &str, size: u64, transport: Transport) -> ExportInfo {
 }
 
 /// What a client is told of a volume's error (docs/errors.md).
-fn export_error(error: &VolumeError) -> ExportError {
+fn export_error(attached: &Attached, error: &VolumeError) -> ExportError {
     match error.kind() {
+        _ if attached.has_moved() => ExportError::Moved,
         ErrorKind::Invalid => ExportError::Invalid,
         ErrorKind::NoSpace => ExportError::NoSpace,
         ErrorKind::Fenced => ExportError::Moved,
@@ -59,13 +60,20 @@ fn export_error(error: &VolumeError) -> ExportError {
 
 type Outcome<T> = BoxFuture<'static, Result<T, ExportError>>;
 
-fn told<T: Send + 'static>(operation: &'static str, outcome: BoxFuture<'static, Result<T, VolumeError>>) -> Outcome<T> {
-    Box::pin(async move {
-        outcome.await.map_err(|error| {
-            tracing::warn!(operation, %error, "request failed");
-            export_error(&error)
+impl VolumeExport {
+    fn told<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        outcome: BoxFuture<'static, Result<T, VolumeError>>,
+    ) -> Outcome<T> {
+        let attached = Arc::clone(&self.attached);
+        Box::pin(async move {
+            outcome.await.map_err(|error| {
+                tracing::warn!(operation, %error, "request failed");
+                export_error(&attached, &error)
+            })
         })
-    })
+    }
 }
 
 impl Export for VolumeExport {
@@ -75,6 +83,7 @@ impl Export for VolumeExport {
 
     fn read(&self, offset: u64, length: u32) -> Outcome<Vec<ReadPiece>> {
         let pieces = self.attached.volume.read(offset, u64::from(length));
+        let attached = Arc::clone(&self.attached);
         Box::pin(async move {
             match pieces.await {
                 Ok(pieces) => Ok(pieces
@@ -86,30 +95,30 @@ impl Export for VolumeExport {
                     .collect()),
                 Err(error) => {
                     tracing::warn!(offset, length, %error, "read failed");
-                    Err(export_error(&error))
+                    Err(export_error(&attached, &error))
                 }
             }
         })
     }
 
     fn write(&self, offset: u64, data: Buf, fua: bool) -> Outcome<()> {
-        told("write", self.attached.volume.write(offset, data, fua))
+        self.told("write", self.attached.volume.write(offset, data, fua))
     }
 
     fn flush(&self) -> Outcome<()> {
-        told("flush", self.attached.volume.flush())
+        self.told("flush", self.attached.volume.flush())
     }
 
     fn trim(&self, offset: u64, length: u64, fua: bool) -> Outcome<()> {
-        told("trim", self.attached.volume.trim(offset, length, fua))
+        self.told("trim", self.attached.volume.trim(offset, length, fua))
     }
 
     fn zero(&self, offset: u64, length: u64, fua: bool, _no_hole: bool) -> Outcome<()> {
-        told("zero", self.attached.volume.zero(offset, length, fua))
+        self.told("zero", self.attached.volume.zero(offset, length, fua))
     }
 
     fn status(&self, offset: u64, length: u64, extents_max: usize) -> Outcome<Vec<StatusExtent>> {
-        let runs = told("block status", self.attached.volume.allocation(offset, length, extents_max));
+        let runs = self.told("block status", self.attached.volume.allocation(offset, length, extents_max));
         Box::pin(async move {
             let mut skip = offset % BLOCK_BYTES;
             let mut left = length;

@@ -326,10 +326,10 @@ async fn admit(host: &Host, request: &[u8], from: &str) -> Result<Admitted, Clus
 }
 
 async fn begin(env: &Env, place: &Place) -> Result<std::fs::File, ClusterError> {
-    let lock = lock_directory(env, &place.dir).await?;
     if Identity::read(&place.dir)?.is_some() {
         return Err(ClusterError::Member(place.dir.clone()));
     }
+    let lock = lock_directory(env, &place.dir).await?;
     named(&place.settings)?;
     Ok(lock)
 }

@@ -76,7 +76,6 @@ impl Host {
             return Ok(attached);
         }
         let since = self.env().now();
-        let mut applied = self.group().subscribe();
         loop {
             let view = self.view();
             if self.is_leaving(id) && view.hosts.served.get(&id).is_none_or(|served| served.node == self.node_id()) {
@@ -84,7 +83,14 @@ impl Host {
             }
             let Some(owner) = self.other_owner(&view, id) else { break };
             let owner_name = view.node(owner).map_or_else(String::new, |node| node.name.to_string());
-            match self.ask_release(owner, &Release { volume: id, force: false }, RELEASE_FOR).await {
+            let release = Release { volume: id, force: false };
+            let answer = tokio::select! {
+                biased;
+                answer = self.ask_release(owner, &release, RELEASE_FOR) => answer,
+                // Then nobody needs its word any more.
+                () = self.owner_is_gone(id, owner) => break,
+            };
+            match answer {
                 Some(Reply::Done) => break,
                 Some(Reply::InUse { .. }) => {
                     return Err(ClusterError::ServedElsewhere { name: name.to_owned(), node: owner_name });
@@ -98,11 +104,17 @@ impl Host {
                 }
                 // It is down soon, or answers again.
                 None => {
-                    let _ = self.env().timeout(Duration::from_millis(250), applied.changed()).await;
+                    let _ = self.env().timeout(Duration::from_millis(250), self.owner_is_gone(id, owner)).await;
                 }
             }
         }
         self.take(id, name).await
+    }
+
+    /// Completes when `owner` should not answer any more, or another one serves the volume.
+    async fn owner_is_gone(&self, id: VolumeId, owner: NodeId) {
+        let mut applied = self.group().subscribe();
+        while self.other_owner(&self.view(), id) == Some(owner) && applied.changed().await.is_ok() {}
     }
 
     async fn take(&self, id: VolumeId, name: &str) -> Result<Arc<Attached>, ClusterError> {
@@ -227,6 +239,7 @@ impl Host {
             let Some(attached) = self.volumes().let_go(id) else { continue };
             let (host, name) = (Arc::clone(self), attached.name());
             tracing::info!(volume = name, generation = %status.generation, "another owner has the volume");
+            attached.move_away();
             attached.volume.abandon();
             drop(self.env().spawn("fenced volume", async move {
                 if let Some(gateway) = host.gateway.get() {

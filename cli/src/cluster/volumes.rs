@@ -26,6 +26,7 @@ pub struct Attached {
     pub volume: Arc<Volume>,
     name: RwLock<String>,
     pinned: AtomicBool,
+    moved: AtomicBool,
 }
 
 impl Attached {
@@ -38,6 +39,17 @@ impl Attached {
     /// Somebody wants it here: a client elsewhere is no reason to move it.
     pub fn pin(&self) {
         self.pinned.store(true, Ordering::Relaxed);
+    }
+
+    /// Another owner has it: clients are to ask elsewhere, whatever their requests fail with here.
+    pub fn move_away(&self) {
+        self.moved.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether another owner has it.
+    #[must_use]
+    pub fn has_moved(&self) -> bool {
+        self.moved.load(Ordering::Relaxed)
     }
 
     /// Whether somebody wants it here.
@@ -175,6 +187,7 @@ impl VolumeManager {
             volume,
             name: RwLock::new(name.to_owned()),
             pinned: AtomicBool::new(false),
+            moved: AtomicBool::new(false),
         });
         self.0.attached.lock().expect("attached lock").insert(record.id, Arc::clone(&attached));
         Ok(attached)

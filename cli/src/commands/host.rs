@@ -25,8 +25,8 @@ use xsan_types::parse_bytes;
 
 /// Where a host's node lies, if nobody says otherwise.
 const DIR: &str = "/var/lib/xsan";
-/// How long a daemon that was started has to answer.
-const START_FOR: Duration = Duration::from_secs(30);
+/// How long what was started has to be up.
+const START_FOR: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ClusterCommand {
@@ -145,7 +145,7 @@ async fn init(node: NewNode, output: Output) -> Result<(), Failure> {
     let place = node.place(None)?;
     let token = founding::found(&env, &place, false, founding::TOKEN_USES).await?;
     if !node.no_start {
-        start_daemon(&env, &place.dir).await?;
+        start_daemon(&env, &place.dir, &place.settings.name).await?;
     }
     let text = format!(
         "cluster made; {} is its first node\nlet others in, for an hour:\n  xsan node join {token} --peer {}",
@@ -162,7 +162,7 @@ pub(super) async fn join(args: JoinArgs, output: Output) -> Result<(), Failure> 
     let place = args.node.place(peers.first().map(String::as_str))?;
     founding::join(&env, &place, &args.token.0, &peers, args.replace).await?;
     if !args.node.no_start {
-        start_daemon(&env, &place.dir).await?;
+        start_daemon(&env, &place.dir, &place.settings.name).await?;
     }
     let name = &place.settings.name;
     output::done(output, &Joined { node: name, token: None }, &format!("{name} is a node of the cluster"));
@@ -221,8 +221,9 @@ fn own_address(peer: Option<&str>) -> IpAddr {
     found.map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |address| address.ip())
 }
 
-/// Starts the daemon of `dir`: by systemd where its unit is installed, else as a process of its own; waits until it answers.
-async fn start_daemon(env: &Env, dir: &Path) -> Result<(), Failure> {
+/// Starts the daemon of `dir`: by systemd where its unit is installed, else as a process of its own; waits until its node `name` is
+/// up.
+async fn start_daemon(env: &Env, dir: &Path, name: &str) -> Result<(), Failure> {
     let by_systemd = dir == Path::new(DIR)
         && Path::new("/run/systemd/system").exists()
         && ["/etc/systemd/system/xsan.service", "/usr/lib/systemd/system/xsan.service"]
@@ -240,7 +241,7 @@ async fn start_daemon(env: &Env, dir: &Path) -> Result<(), Failure> {
     } else {
         spawn_daemon(dir)?;
     }
-    wait_for_answer(env, dir).await
+    wait_until(env, dir, |status| status.nodes.iter().any(|node| node.name == name && node.state == "up")).await
 }
 
 fn spawn_daemon(dir: &Path) -> Result<(), Failure> {
@@ -261,19 +262,23 @@ fn spawn_daemon(dir: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Until the daemon in `dir` answers.
-pub(super) async fn wait_for_answer(env: &Env, dir: &Path) -> Result<(), Failure> {
+/// Until the daemon in `dir` tells of a cluster that is as wanted.
+pub(super) async fn wait_until(env: &Env, dir: &Path, wanted: impl Fn(&ClusterStatus) -> bool) -> Result<(), Failure> {
     let client = Client::new(env.clone(), dir.join("admin.sock"));
-    let answers = async {
-        while client.call::<ClusterStatus>(Method::GET, "/v1/status", &Done {}).await.is_err() {
-            env.sleep(Duration::from_millis(50)).await;
+    let told = async {
+        loop {
+            match client.call::<ClusterStatus>(Method::GET, "/v1/status", &Done {}).await {
+                Ok(status) if wanted(&status) => return,
+                _ => env.sleep(Duration::from_millis(50)).await,
+            }
         }
     };
-    match env.timeout(START_FOR, answers).await {
+    match env.timeout(START_FOR, told).await {
         Some(()) => Ok(()),
         None => {
             let next = format!("see {}", dir.join("xsan.log").display());
-            Err(Failure::Usage(format!("the daemon in {} does not answer", dir.display()), Some(next)))
+            let message = format!("the daemon in {} is not up after {} s", dir.display(), START_FOR.as_secs());
+            Err(Failure::Usage(message, Some(next)))
         }
     }
 }

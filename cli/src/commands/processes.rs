@@ -21,8 +21,6 @@ use tokio::process::{Child, ChildStdin, Command};
 use xsan_env::os_disk::Backend;
 use xsan_env::{Env, os};
 
-/// How long nodes have to become up.
-const UP_FOR: Duration = Duration::from_secs(60);
 /// How long a process has to end in order.
 const END_FOR: Duration = Duration::from_secs(30);
 
@@ -132,7 +130,7 @@ async fn make(
         children.push(spawn(dir, number)?);
     }
     for number in 1..=members.max(1) {
-        host::wait_for_answer(env, &node_dir(dir, number)).await?;
+        host::wait_until(env, &node_dir(dir, number), |_| true).await?;
     }
     let client = Client::new(env.clone(), node_dir(dir, 1).join("admin.sock"));
     if members < count {
@@ -151,7 +149,8 @@ async fn make(
             children.push(spawn(dir, number)?);
         }
     }
-    wait_until_up(env, &client, count).await?;
+    let up = |status: &ClusterStatus| status.nodes.iter().filter(|node| node.state == "up" && node.answers).count();
+    host::wait_until(env, &node_dir(dir, 1), |status| up(status) >= count).await?;
     let status: ClusterStatus = client.call(Method::GET, "/v1/status", &Done {}).await?;
     if status.pools.is_empty() && !dir.join("made").exists() {
         let request = CreatePool { name: Some("default".into()), scheme: default_scheme(count) };
@@ -200,23 +199,6 @@ fn spawn(dir: &Path, number: usize) -> Result<Process, Failure> {
         .map_err(ClusterError::io("cannot start a node"))?;
     let pipe = child.stdin.take();
     Ok(Process { number, child, pipe })
-}
-
-async fn wait_until_up(env: &Env, client: &Client, count: usize) -> Result<(), Failure> {
-    let up = async {
-        loop {
-            if let Ok(status) = client.call::<ClusterStatus>(Method::GET, "/v1/status", &Done {}).await
-                && status.nodes.iter().filter(|node| node.state == "up" && node.answers).count() >= count
-            {
-                return;
-            }
-            env.sleep(Duration::from_millis(50)).await;
-        }
-    };
-    env.timeout(UP_FOR, up).await.ok_or_else(|| {
-        let next = "see xsan.log in the nodes' directories".to_owned();
-        Failure::Usage(format!("not all {count} nodes are up after {} s", UP_FOR.as_secs()), Some(next))
-    })
 }
 
 /// Until a signal; tells of processes that end before.
