@@ -4,7 +4,7 @@
 //! [`MetaState::apply`] is a deterministic function of state and [`Command`], without clock, randomness or I/O. Around it
 //! stands [`Consensus`], which orders commands and makes them durable: [`RaftGroup`] (one voter or several), and
 //! [`SingleReplica`] (one log, one process; what clusters of `xsan dev` were made with). Reading order: [`state`], [`command`],
-//! [`apply`], [`register`], [`consensus`], [`single`], [`mod@format`], [`inspect`], [`mod@raft`].
+//! [`apply`], [`register`], [`consensus`], [`single`], [`mod@format`], [`inspect`], [`mod@raft`], [`detector`].
 //!
 //! Bytes: docs/format/meta.md.
 #![forbid(unsafe_code)]
@@ -12,6 +12,7 @@
 pub mod apply;
 pub mod command;
 pub mod consensus;
+pub mod detector;
 pub mod error;
 pub mod format;
 pub mod inspect;
@@ -23,6 +24,7 @@ pub mod state;
 
 pub use command::{Command, Outcome};
 pub use consensus::{Consensus, RegisterClient};
+pub use detector::{Beat, Detector, Observed, Reason, Verdict};
 pub use error::{FormatError, MetaError};
 pub use name::{Name, NameError};
 pub use raft::{GroupOptions, RaftGroup, RaftTransport, ReplicaId};
