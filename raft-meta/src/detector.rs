@@ -186,10 +186,10 @@ impl Watch {
     }
 
     /// The metadata has this state now, by whomever it was made.
-    fn enter(&mut self, state: NodeState, now: Moment, flaps_within: Duration) {
+    fn enter(&mut self, state: NodeState, now: Moment, options: &Options) {
         let served = matches!(self.state, NodeState::Up | NodeState::Suspect);
         if state == NodeState::Down && self.state != state {
-            self.downs.retain(|at| now.since(*at) < flaps_within);
+            self.downs.retain(|at| now.since(*at) < options.flaps_within);
             if self.downs.len() == DOWNS_MAX {
                 self.downs.remove(0);
             }
@@ -197,8 +197,9 @@ impl Watch {
             // Somebody may have called a node down that beats: it is steady from now on at the earliest.
             self.steady_since = None;
         }
-        // Or up one that does not: it has the full time.
-        if matches!(state, NodeState::Up | NodeState::Suspect) && !served {
+        // Or up one that does not: it has the full time. One that was called up for its beats has it from the newest of them.
+        let serves = matches!(state, NodeState::Up | NodeState::Suspect);
+        if serves && !served && !self.is_good(now, options.suspect_after) {
             self.begun_at = now;
         }
         self.state = state;
@@ -336,7 +337,7 @@ impl Detector {
         let mut before = std::mem::take(&mut self.nodes);
         for seen in nodes.into_iter().filter(|seen| seen.state != NodeState::Removed) {
             let mut watch = before.remove(&seen.node).unwrap_or_else(|| Watch::new(seen.state, now));
-            watch.enter(seen.state, now, self.options.flaps_within);
+            watch.enter(seen.state, now, &self.options);
             watch.has_device = seen.has_device;
             self.nodes.insert(seen.node, watch);
         }
@@ -427,21 +428,19 @@ impl Detector {
     /// The nodes that may be called down because nothing is heard of them.
     ///
     /// A leader that hears fewer than half of the nodes is probably cut off itself: check-quorum ends its lead soon, and until
-    /// then it must not call the rest of the cluster down. It may call down as many as would not be most: those that are
-    /// silent longest.
+    /// then it must not call the rest of the cluster down. So at most half of all may be down for silence, those that are silent
+    /// longest; a leader that hears half is not hindered by that.
     fn believed_silent(&self, now: Moment) -> BTreeSet<NodeId> {
-        let is_heard = |watch: &Watch| watch.is_heard(now, self.options.suspect_after);
+        let is_lost = |watch: &Watch| {
+            watch.state == NodeState::Down && !watch.has_left() && !watch.is_heard(now, self.options.suspect_after)
+        };
+        let lost = self.nodes.values().filter(|watch| is_lost(watch)).count();
         let due =
             |watch: &Watch| watch.due(now, &self.options).is_some_and(|(state, reason)| is_silence(state, reason));
         let silent = self.nodes.iter().filter(|(_, watch)| due(watch));
         let mut silent: Vec<(Moment, NodeId)> = silent.map(|(&node, watch)| (watch.quiet_since(), node)).collect();
-        let heard = self.nodes.values().filter(|watch| is_heard(watch)).count();
-        if heard * 2 < self.nodes.len() {
-            let is_lost = |watch: &Watch| watch.state == NodeState::Down && !watch.has_left() && !is_heard(watch);
-            let lost = self.nodes.values().filter(|watch| is_lost(watch)).count();
-            silent.sort_unstable();
-            silent.truncate((self.nodes.len() / 2).saturating_sub(lost));
-        }
+        silent.sort_unstable();
+        silent.truncate((self.nodes.len() / 2).saturating_sub(lost));
         silent.into_iter().map(|(_, node)| node).collect()
     }
 }
