@@ -4,7 +4,7 @@
 //! [`MetaState::apply`] is a deterministic function of state and [`Command`], without clock, randomness or I/O. Around it
 //! stands [`Consensus`], which orders commands and makes them durable: [`RaftGroup`] (one voter or several), and
 //! [`SingleReplica`] (one log, one process; what clusters of `xsan dev` were made with). Reading order: [`state`], [`command`],
-//! [`apply`], [`hosts`], [`register`], [`consensus`], [`single`], [`mod@format`], [`inspect`], [`mod@raft`].
+//! [`apply`], [`hosts`], [`register`], [`consensus`], [`single`], [`mod@format`], [`inspect`], [`mod@raft`], [`detector`].
 //!
 //! Bytes: docs/format/meta.md.
 #![forbid(unsafe_code)]
@@ -25,6 +25,7 @@ pub mod state;
 
 pub use command::{Command, Outcome};
 pub use consensus::{Consensus, RegisterClient};
+pub use detector::{Beat, Detector, Observed, Reason, Verdict};
 pub use error::{FormatError, MetaError};
 pub use hosts::{Authority, Candidacy, HostRecord, Hosts, Served, ShownToken, TokenRecord};
 pub use name::{Name, NameError};

@@ -256,6 +256,9 @@ async fn judge(host: &Host, detector: &mut Detector, term: u64) {
         has_device: view.devices_of(node.id).next().is_some(),
     });
     detector.observe(observed, now);
+    for node in detector.clones() {
+        tracing::error!(%node, "two processes speak for this node in turn: one is a copy of the other's files; stop one");
+    }
     for verdict in detector.decide(now) {
         let Some(node) = view.node(verdict.node) else { continue };
         let reason = verdict.reason.to_string();

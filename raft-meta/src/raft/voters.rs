@@ -2,7 +2,10 @@
 //! whenever nothing is under way, and arrives after finitely many (each step brings the voters nearer to the same goal).
 //!
 //! A node that is only away keeps its vote: it comes back, and moving votes at every restart would be worse than one vote
-//! missing for a while. One that is being emptied, was removed, or has joined again under a new replica loses it.
+//! missing for a while. One that is being emptied, was removed, or has joined again under a new replica loses it: to its
+//! successor, in one change, once that has caught up. Until then its vote stands, though perhaps nobody casts it: fewer voters
+//! would outlive fewer losses at the very time when one was just lost. Only the number of hosts that are to stay says how many
+//! vote, not how many of them are well.
 
 use crate::raft::entry::{ReplicaId, Role, Step};
 use crate::raft::machine::Machine;
@@ -48,6 +51,8 @@ pub struct Input {
     pub leader: ReplicaId,
     /// All members.
     pub members: Vec<Candidate>,
+    /// Hosts of nodes that join and whose replica is no member yet: it comes next.
+    pub awaited: BTreeSet<[String; 3]>,
 }
 
 /// What to do next.
@@ -80,7 +85,11 @@ impl Input {
             let domain = domain(&machine.state, member.node, node);
             Candidate { replica, node: member.node, domain, standing, votes }
         });
-        Self { leader, members: members.collect() }
+        let has_replica = |node: &Node| machine.members.values().any(|member| member.node == node.id);
+        let joining =
+            machine.state.nodes.values().filter(|node| node.state == NodeState::Joining && !has_replica(node));
+        let awaited = joining.map(|node| domain(&machine.state, node.id, Some(node))).collect();
+        Self { leader, members: members.collect(), awaited }
     }
 }
 
@@ -100,10 +109,13 @@ pub fn next_step(input: &Input) -> Option<Next> {
         return None;
     }
     let step = |member: &Candidate, role| Step { replica: member.replica, node: member.node, role };
-    // A leader that is to go hands over first: changing the others before would leave two voters, and need both.
+    // A leader that is to go hands over first: changing the others before would leave two voters, and need both. It does so also
+    // while its vote waits for a successor.
+    let goes = |member: &Candidate| member.replica == input.leader && member.standing >= Standing::Leaving;
+    let leader_goes = !wanted.contains(&input.leader) || input.members.iter().any(goes);
     let heirs = input.members.iter().filter(|member| wanted.contains(&member.replica) && member.votes);
     let heir = heirs.filter(|member| member.standing == Standing::Good).min_by_key(|member| member.node);
-    if let Some(heir) = heir.filter(|_| !wanted.contains(&input.leader)) {
+    if let Some(heir) = heir.filter(|_| leader_goes) {
         return Some(Next::Transfer(heir.replica));
     }
     let mut steps = Vec::new();
@@ -129,13 +141,7 @@ fn wanted_voters(input: &Input) -> BTreeSet<ReplicaId> {
     let mut pool: Vec<&Candidate> = input.members.iter().filter(may).collect();
     // Voters keep their place before others take it, the leader first.
     pool.sort_by_key(|member| (!member.votes, member.replica != input.leader, member.standing, member.node));
-    let hosts: BTreeSet<&[String; 3]> = pool.iter().map(|member| &member.domain).collect();
-    let count = match hosts.len() {
-        0 => return BTreeSet::new(),
-        1 | 2 => 1,
-        3 | 4 => 3,
-        _ => VOTERS_MAX,
-    };
+    let count = wanted_count(input, &pool);
     let mut chosen: Vec<&Candidate> = Vec::new();
     while chosen.len() < count {
         // The first of those that share least with the chosen ones: no host ever, then as few racks and zones as can be.
@@ -143,7 +149,33 @@ fn wanted_voters(input: &Input) -> BTreeSet<ReplicaId> {
         let Some(best) = free.min_by_key(|member| shared(member, &chosen)) else { break };
         chosen.push(best);
     }
-    chosen.iter().map(|member| member.replica).collect()
+    // Those that are to go keep the places that nobody can take yet, the living ones first.
+    let is_chosen = |member: &&Candidate| chosen.iter().any(|other| other.replica == member.replica);
+    let mut rest: Vec<&Candidate> = input.members.iter().filter(|member| member.votes && !is_chosen(member)).collect();
+    rest.sort_by_key(|member| {
+        let shares_host = chosen.iter().any(|other| other.domain == member.domain);
+        (shares_host, member.standing, member.replica != input.leader, member.node)
+    });
+    let places = count.saturating_sub(chosen.len());
+    chosen.iter().chain(rest.iter().take(places)).map(|member| member.replica).collect()
+}
+
+/// How many should vote, of whom `pool` may be chosen: what suits the hosts that stay, if so many may be chosen now; else as many
+/// as can be, an odd number, but no fewer than do.
+fn wanted_count(input: &Input, pool: &[&Candidate]) -> usize {
+    let staying = input.members.iter().filter(|member| member.standing < Standing::Leaving);
+    let staying: BTreeSet<&[String; 3]> = staying.map(|member| &member.domain).chain(&input.awaited).collect();
+    let suits = match staying.len() {
+        0 => return 0,
+        1 | 2 => 1,
+        3 | 4 => 3,
+        _ => VOTERS_MAX,
+    };
+    let ready: BTreeSet<&[String; 3]> = pool.iter().map(|member| &member.domain).collect();
+    // Two voters need both and four need three: each is worse than one fewer.
+    let odd = ready.len().saturating_sub(1) | 1;
+    let present = input.members.iter().filter(|member| member.votes).count();
+    suits.min(odd.max(present))
 }
 
 /// How often the zone, then the rack, is taken already.

@@ -1,5 +1,6 @@
-//! Promises of the metadata: registers, state machine, durability, stored formats.
+//! Promises of the metadata: registers, state machine, durability, stored formats, who is up.
 
+mod detector;
 mod durability;
 mod golden;
 mod hosts;

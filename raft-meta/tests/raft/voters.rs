@@ -15,7 +15,7 @@ fn member(id: u64, rack: &str, host: &str, standing: Standing, votes: bool) -> C
 /// Good members, each on a host of its own; the first `voters` vote.
 fn cluster(count: u64, voters: u64) -> Input {
     let members = (1..=count).map(|id| member(id, "", &format!("h{id}"), Standing::Good, id <= voters)).collect();
-    Input { leader: ReplicaId(1), members }
+    Input { leader: ReplicaId(1), members, awaited: BTreeSet::new() }
 }
 
 /// Does what is proposed until nothing is; every step must be one the leader may take.
@@ -74,6 +74,7 @@ fn two_voters_never_share_a_host_and_racks_are_spread() {
             member(4, "b", "h3", Standing::Good, false),
             member(5, "c", "h4", Standing::Good, false),
         ],
+        awaited: BTreeSet::new(),
     };
     assert_eq!(settle(&mut input), BTreeSet::from([1, 4, 5]));
 }
@@ -108,6 +109,141 @@ fn a_leader_on_a_node_that_is_emptied_hands_over() {
     assert_ne!(input.leader, ReplicaId(1));
 }
 
+#[test]
+fn a_wiped_replica_keeps_its_vote_until_its_successor_has_caught_up() {
+    let mut input = cluster(3, 3);
+    input.members[2].standing = Standing::Gone;
+    input.members.push(Candidate { node: NodeId(3), ..member(4, "", "h3", Standing::Away, false) });
+    assert_eq!(next_step(&input), None, "three vote, two of them alive");
+    // And if another node goes away meanwhile.
+    input.members[1].standing = Standing::Away;
+    assert_eq!(next_step(&input), None);
+    input.members[1].standing = Standing::Good;
+    input.members[3].standing = Standing::Good;
+    let replaced = [
+        Step { replica: ReplicaId(3), node: NodeId(3), role: Role::Removed },
+        Step { replica: ReplicaId(4), node: NodeId(3), role: Role::Voter },
+    ];
+    assert_eq!(next_step(&input), Some(Next::Change(replaced.to_vec())));
+    assert_eq!(settle(&mut input), BTreeSet::from([1, 2, 4]));
+}
+
+#[test]
+fn a_node_wiped_twice_leaves_nothing_behind() {
+    let mut input = cluster(3, 3);
+    input.members[2].standing = Standing::Gone;
+    for (id, standing) in [(4, Standing::Gone), (5, Standing::Away)] {
+        input.members.push(Candidate { node: NodeId(3), ..member(id, "", "h3", standing, false) });
+    }
+    assert_eq!(settle(&mut input), BTreeSet::from([1, 2, 3]));
+    assert!(input.members.iter().all(|member| member.replica != ReplicaId(4)));
+    input.members.last_mut().unwrap().standing = Standing::Good;
+    assert_eq!(settle(&mut input), BTreeSet::from([1, 2, 5]));
+}
+
+#[test]
+fn the_one_voter_of_two_hosts_is_not_doubled_and_grows_to_three_at_once() {
+    let mut input = cluster(3, 1);
+    input.members[2].standing = Standing::Away;
+    assert_eq!(next_step(&input), None, "two voters would need both");
+    input.members[2].standing = Standing::Good;
+    assert_eq!(settle(&mut input), BTreeSet::from([1, 2, 3]));
+}
+
+#[test]
+fn three_voters_grow_to_five_at_once() {
+    let mut input = cluster(5, 3);
+    input.members[4].standing = Standing::Away;
+    assert_eq!(next_step(&input), None);
+    input.members[4].standing = Standing::Good;
+    assert_eq!(settle(&mut input).len(), 5);
+    // And one to three where five could be.
+    let mut input = cluster(5, 1);
+    (input.members[3].standing, input.members[4].standing) = (Standing::Away, Standing::Away);
+    assert_eq!(settle(&mut input), BTreeSet::from([1, 2, 3]));
+}
+
+#[test]
+fn a_new_leader_that_has_heard_nobody_changes_nothing() {
+    for (count, voters) in [(2, 1), (3, 3), (4, 3), (5, 5), (6, 5), (5, 3)] {
+        let mut input = cluster(count, voters);
+        input.members[1..].iter_mut().for_each(|member| member.standing = Standing::Away);
+        assert_eq!(next_step(&input), None);
+    }
+}
+
+#[test]
+fn a_removed_node_takes_its_vote_with_it_and_an_emptied_one_too() {
+    for standing in [Standing::Gone, Standing::Leaving] {
+        let mut input = cluster(3, 3);
+        input.members[2].standing = standing;
+        assert_eq!(settle(&mut input), BTreeSet::from([1]), "two hosts stay");
+        let mut input = cluster(5, 5);
+        input.members[4].standing = standing;
+        assert_eq!(settle(&mut input).len(), 3, "four hosts stay");
+        let mut input = cluster(6, 5);
+        input.members[4].standing = standing;
+        assert_eq!(settle(&mut input), BTreeSet::from([1, 2, 3, 4, 6]));
+    }
+}
+
+#[test]
+fn a_vote_that_is_to_go_waits_for_the_fourth_host() {
+    for standing in [Standing::Gone, Standing::Leaving] {
+        let mut input = cluster(4, 3);
+        (input.members[2].standing, input.members[3].standing) = (standing, Standing::Away);
+        assert_eq!(next_step(&input), None);
+        input.members[3].standing = Standing::Good;
+        assert_eq!(settle(&mut input), BTreeSet::from([1, 2, 4]));
+    }
+}
+
+#[test]
+fn the_living_keep_their_votes_before_the_lost() {
+    let mut input = cluster(4, 4);
+    (input.members[1].standing, input.members[2].standing) = (Standing::Gone, Standing::Leaving);
+    let away = [member(5, "", "h5", Standing::Away, false), member(6, "", "h6", Standing::Away, false)];
+    input.members.extend(away);
+    input.members.remove(3);
+    assert_eq!(settle(&mut input), BTreeSet::from([1, 2, 3]));
+    input.members.push(member(7, "", "h7", Standing::Good, false));
+    assert_eq!(settle(&mut input), BTreeSet::from([1, 3, 7]));
+}
+
+#[test]
+fn a_leader_hands_over_before_its_vote_goes() {
+    let mut input = cluster(4, 3);
+    (input.members[0].standing, input.members[3].standing) = (Standing::Leaving, Standing::Away);
+    assert_eq!(next_step(&input), Some(Next::Transfer(ReplicaId(2))));
+    assert_eq!(settle(&mut input), BTreeSet::from([1, 2, 3]));
+    input.members[3].standing = Standing::Good;
+    assert_eq!(settle(&mut input), BTreeSet::from([2, 3, 4]));
+}
+
+/// A new node takes a lost one's place: the lost one is removed by the entry that admits the new one, whose replica becomes a
+/// member a little later.
+#[test]
+fn votes_wait_for_a_node_that_was_admitted_and_has_no_replica_yet() {
+    let mut input = cluster(3, 3);
+    input.members[2].standing = Standing::Gone;
+    input.awaited.insert([String::new(), String::new(), "h3".to_owned()]);
+    assert_eq!(next_step(&input), None);
+    input.awaited.clear();
+    input.members.push(member(4, "", "h3", Standing::Away, false));
+    assert_eq!(next_step(&input), None);
+    input.members[3].standing = Standing::Good;
+    assert_eq!(settle(&mut input), BTreeSet::from([1, 2, 4]));
+}
+
+/// How many vote in the end is at least what was, if the hosts that stay are enough for it.
+fn check_kept(before: &Input, after: &BTreeSet<u64>) {
+    let staying = before.members.iter().filter(|member| member.standing < Standing::Leaving);
+    let staying = staying.map(|member| &member.domain).collect::<BTreeSet<_>>().len();
+    let suits = [0, 1, 1, 3, 3][staying];
+    let present = before.members.iter().filter(|member| member.votes).count();
+    assert!(after.len() >= present.min(suits), "{before:?} has only {after:?}");
+}
+
 /// All clusters of up to four members with any standing and any votes, leader included: it comes to rest, and rightly.
 #[test]
 fn every_small_cluster_comes_to_rest() {
@@ -122,9 +258,11 @@ fn every_small_cluster_comes_to_rest() {
                 })
                 .collect();
             for leader in members.iter().filter(|member| member.votes).map(|member| member.replica) {
-                let mut input = Input { leader, members: members.clone() };
-                settle(&mut input);
+                let mut input = Input { leader, members: members.clone(), awaited: BTreeSet::new() };
+                let before = input.clone();
+                let voters = settle(&mut input);
                 assert_eq!(next_step(&input), None);
+                check_kept(&before, &voters);
             }
         }
     }
