@@ -137,6 +137,12 @@ impl Cluster {
         self.root.join("c")
     }
 
+    /// Where `admin.sock` and `nbd.sock` lie: with a process per node, those of the first one.
+    #[must_use]
+    pub fn home(&self) -> PathBuf {
+        if self.options.iter().any(|option| option == "--processes") { self.dir().join("n1") } else { self.dir() }
+    }
+
     /// The device file of node `number`, from 1.
     #[must_use]
     pub fn device(&self, number: usize) -> PathBuf {
@@ -228,7 +234,7 @@ impl Cluster {
     #[must_use]
     pub fn run(&self, arguments: &[&str]) -> Outcome {
         let mut command = Command::new(program());
-        command.arg("--admin").arg(self.dir().join("admin.sock")).args(["--output", "json"]).args(arguments);
+        command.arg("--admin").arg(self.home().join("admin.sock")).args(["--output", "json"]).args(arguments);
         outcome(&mut command)
     }
 

@@ -1,6 +1,6 @@
 //! What the integration tests share: a cluster that is a real process, data that knows what it must be, waiting on conditions.
 //!
-//! [`cluster`] owns a process, its directory and its command line; [`ledger`] remembers every write and judges what a read
+//! [`hosts`] is a cluster of processes; [`cluster`] owns a process, its directory and its command line; [`ledger`] remembers every write and judges what a read
 //! returns; [`load`] drives many NBD connections at random.
 #![forbid(unsafe_code)]
 #![allow(
@@ -11,12 +11,14 @@
 
 pub mod cluster;
 pub mod damage;
+pub mod hosts;
 pub mod ledger;
 pub mod load;
 pub mod random;
 pub mod wait;
 
 pub use cluster::{Cluster, Guest, Outcome};
+pub use hosts::Hosts;
 pub use ledger::Ledger;
 pub use random::Random;
 pub use wait::{eventually, within};

@@ -5,14 +5,17 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::time::Duration;
-use xsan_env::Stream;
 use xsan_env::runtime::BoxFuture;
+use xsan_env::{Moment, Stream};
 use xsan_types::NodeId;
 use xsan_wire::config::Endpoint;
 use xsan_wire::{Class, Connect, LinkState, NodeApi, Peer, PeerInfo, RemoteNode, Service, ServiceError, ServiceId};
 
 /// The only operation of [`ServiceId::META`]: a message between replicas, behind the sender's id.
 const RAFT_MESSAGE: u16 = 1;
+
+/// How long after the next attempt was due a failed connection still counts.
+const FAILED_FOR: Duration = Duration::from_millis(500);
 
 /// Everything known of other nodes' whereabouts.
 pub struct Links {
@@ -106,10 +109,15 @@ impl Links {
         self.book_mut().nodes.insert(node, storage);
     }
 
-    /// Nodes whose connections fail now.
+    /// Nodes whose connections fail at `now`. One that nobody has tried for a while says nothing: it may be back.
     #[must_use]
-    pub fn unreachable(&self) -> Vec<NodeId> {
-        let fails = |peer: &Peer| Class::ALL.iter().any(|&class| matches!(peer.state(class), LinkState::Down { .. }));
+    pub fn unreachable(&self, now: Moment) -> Vec<NodeId> {
+        let fails = |peer: &Peer| {
+            Class::ALL.iter().any(|&class| match peer.state(class) {
+                LinkState::Down { until, .. } => now < until.after(FAILED_FOR),
+                _ => false,
+            })
+        };
         self.book().peers.iter().filter(|(_, peer)| fails(peer)).map(|(&node, _)| node).collect()
     }
 }

@@ -184,7 +184,7 @@ impl Host {
         let Some(leader) = leader else { return };
         let beat = Heartbeat {
             disk_silent_millis: u64::try_from(self.disk_silent_for().as_millis()).unwrap_or(u64::MAX),
-            unreachable: self.links().unreachable(),
+            unreachable: self.links().unreachable(self.env().now()),
             leaving,
         };
         if leader == self.node_id() {

@@ -12,6 +12,7 @@
 mod commands;
 mod crash;
 mod damage;
+mod hosts;
 mod nodes;
 mod space;
 mod volumes;
