@@ -5,8 +5,8 @@
 //! A beat is *good* when its node's disks answer, it is not leaving, and the others reach it. It is judged once, as it comes.
 //! Everything else is a question of how old the newest good one is.
 //!
-//! Nodes that are being emptied or were removed are left alone; of one that is being emptied and falls silent nothing is said
-//! for now: it holds data that its state keeps from being counted on anyway, and a person is at work there.
+//! Nodes that are being emptied or were removed are left alone. Of one that falls silent while it is emptied nothing is said for
+//! now: placement does not use it anyway, and who empties it waits for it to be done.
 
 use crate::state::NodeState;
 use std::collections::{BTreeMap, BTreeSet};
