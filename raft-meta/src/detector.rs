@@ -189,7 +189,6 @@ impl Watch {
     fn enter(&mut self, state: NodeState, now: Moment, options: &Options) {
         let served = matches!(self.state, NodeState::Up | NodeState::Suspect);
         if state == NodeState::Down && self.state != state {
-            self.downs.retain(|at| now.since(*at) < options.flaps_within);
             if self.downs.len() == DOWNS_MAX {
                 self.downs.remove(0);
             }
@@ -352,7 +351,7 @@ impl Detector {
     pub fn heard(&mut self, from: NodeId, beat: Beat, now: Moment) {
         let now = self.advance(now);
         let others = beat.unreachable.iter().take(self.nodes.len());
-        let unreachable = others.copied().filter(|node| *node != from && self.nodes.contains_key(node)).collect();
+        let unreachable = others.copied().filter(|node| self.nodes.contains_key(node)).collect();
         let (by, of) = self.reports_about(from, now);
         let Options { suspect_after, disk_silent_max, .. } = self.options;
         let Some(watch) = self.nodes.get_mut(&from) else { return };
