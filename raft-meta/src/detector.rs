@@ -319,6 +319,8 @@ pub struct Detector {
     options: Options,
     /// The newest time it was told.
     now: Moment,
+    /// When it was last asked.
+    decided_at: Moment,
     /// The nodes of the metadata that are not removed, and no others: this bounds the memory.
     nodes: BTreeMap<NodeId, Watch>,
 }
@@ -327,7 +329,7 @@ impl Detector {
     /// A leader begins: it has heard nobody yet, and everybody has the full time.
     #[must_use]
     pub fn new(options: Options, now: Moment) -> Self {
-        Self { options, now, nodes: BTreeMap::new() }
+        Self { options, now, decided_at: now, nodes: BTreeMap::new() }
     }
 
     /// All nodes of the metadata, as they are now. What is not among them is forgotten.
@@ -374,6 +376,7 @@ impl Detector {
     /// The changes to propose now, one at most for each node; the same ones again while the metadata does not have them.
     pub fn decide(&mut self, now: Moment) -> Vec<Verdict> {
         let now = self.advance(now);
+        self.decided_at = now;
         let believed = self.believed_silent(now);
         let verdicts = self.nodes.iter().filter_map(|(&node, watch)| {
             let (state, reason) = watch.due(now, &self.options)?;
@@ -386,7 +389,7 @@ impl Detector {
     }
 
     /// When [`Self::decide`] can have something new though nothing is heard and the metadata stays as it is: after the time it was
-    /// told last.
+    /// asked last. A time that has passed meanwhile is due still.
     #[must_use]
     pub fn next_at(&self) -> Option<Moment> {
         let options = &self.options;
@@ -399,7 +402,7 @@ impl Detector {
                 watch.process.map(|process| process.heard_at.after(options.suspect_after)),
             ]
         });
-        times.flatten().filter(|at| *at > self.now).min()
+        times.flatten().filter(|at| *at > self.decided_at).min()
     }
 
     /// The nodes of which two processes spoke in turn of late: somebody copied a node's directory.

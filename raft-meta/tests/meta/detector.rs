@@ -509,6 +509,23 @@ fn the_clock_never_runs_backwards() {
 }
 
 #[test]
+fn a_time_that_passes_while_others_are_heard_is_due_still() {
+    let mut room = Room::all_up(2);
+    room.run_good(BEAT, &[1, 2]);
+    let at = room.detector.next_at().unwrap();
+    assert_eq!(at, room.now.after(millis(1000)));
+    room.wait(millis(1200));
+    room.heard(1, good(1));
+    assert_eq!(room.detector.next_at(), Some(at));
+    assert_eq!(room.decide(), [(2, NodeState::Suspect)]);
+    assert_eq!(
+        room.detector.next_at(),
+        Some(room.now.after(millis(1000))),
+        "the other one's, which was heard just now"
+    );
+}
+
+#[test]
 fn reasons_are_for_people() {
     let texts = [
         (Reason::Silent(millis(3001)), "nothing heard for 3 s"),
