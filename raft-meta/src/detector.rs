@@ -5,8 +5,8 @@
 //! A beat is *good* when its node's disks answer, it is not leaving, and the others reach it. It is judged once, as it comes.
 //! Everything else is a question of how old the newest good one is.
 //!
-//! Nodes that are being emptied or were removed are left alone; of one that is being emptied and falls silent nothing is said
-//! for now: it holds data that its state keeps from being counted on anyway, and a person is at work there.
+//! Nodes that are being emptied or were removed are left alone. Of one that falls silent while it is emptied nothing is said for
+//! now: placement does not use it anyway, and who empties it waits for it to be done.
 
 use crate::state::NodeState;
 use std::collections::{BTreeMap, BTreeSet};
@@ -189,7 +189,6 @@ impl Watch {
     fn enter(&mut self, state: NodeState, now: Moment, options: &Options) {
         let served = matches!(self.state, NodeState::Up | NodeState::Suspect);
         if state == NodeState::Down && self.state != state {
-            self.downs.retain(|at| now.since(*at) < options.flaps_within);
             if self.downs.len() == DOWNS_MAX {
                 self.downs.remove(0);
             }
@@ -320,6 +319,8 @@ pub struct Detector {
     options: Options,
     /// The newest time it was told.
     now: Moment,
+    /// When it was last asked.
+    decided_at: Moment,
     /// The nodes of the metadata that are not removed, and no others: this bounds the memory.
     nodes: BTreeMap<NodeId, Watch>,
 }
@@ -328,7 +329,7 @@ impl Detector {
     /// A leader begins: it has heard nobody yet, and everybody has the full time.
     #[must_use]
     pub fn new(options: Options, now: Moment) -> Self {
-        Self { options, now, nodes: BTreeMap::new() }
+        Self { options, now, decided_at: now, nodes: BTreeMap::new() }
     }
 
     /// All nodes of the metadata, as they are now. What is not among them is forgotten.
@@ -352,7 +353,7 @@ impl Detector {
     pub fn heard(&mut self, from: NodeId, beat: Beat, now: Moment) {
         let now = self.advance(now);
         let others = beat.unreachable.iter().take(self.nodes.len());
-        let unreachable = others.copied().filter(|node| *node != from && self.nodes.contains_key(node)).collect();
+        let unreachable = others.copied().filter(|node| self.nodes.contains_key(node)).collect();
         let (by, of) = self.reports_about(from, now);
         let Options { suspect_after, disk_silent_max, .. } = self.options;
         let Some(watch) = self.nodes.get_mut(&from) else { return };
@@ -375,6 +376,7 @@ impl Detector {
     /// The changes to propose now, one at most for each node; the same ones again while the metadata does not have them.
     pub fn decide(&mut self, now: Moment) -> Vec<Verdict> {
         let now = self.advance(now);
+        self.decided_at = now;
         let believed = self.believed_silent(now);
         let verdicts = self.nodes.iter().filter_map(|(&node, watch)| {
             let (state, reason) = watch.due(now, &self.options)?;
@@ -387,7 +389,7 @@ impl Detector {
     }
 
     /// When [`Self::decide`] can have something new though nothing is heard and the metadata stays as it is: after the time it was
-    /// told last.
+    /// asked last. A time that has passed meanwhile is due still.
     #[must_use]
     pub fn next_at(&self) -> Option<Moment> {
         let options = &self.options;
@@ -400,7 +402,7 @@ impl Detector {
                 watch.process.map(|process| process.heard_at.after(options.suspect_after)),
             ]
         });
-        times.flatten().filter(|at| *at > self.now).min()
+        times.flatten().filter(|at| *at > self.decided_at).min()
     }
 
     /// The nodes of which two processes spoke in turn of late: somebody copied a node's directory.

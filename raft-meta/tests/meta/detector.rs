@@ -425,6 +425,12 @@ fn a_leader_that_hears_nobody_calls_no_majority_down() {
     room.run(millis(250), &[(1, good(1)), (2, good(1)), (3, leaving(1)), (4, leaving(1))]);
     room.run_good(millis(10_000), &[1]);
     assert_eq!(room.state(2), NodeState::Down);
+    // Nor is who is down and beats: these two begin anew all the time.
+    let mut room = Room::new(&[NodeState::Up, NodeState::Up, NodeState::Up, NodeState::Down, NodeState::Down]);
+    for instance in 0..7 {
+        room.run(millis(500), &[(1, good(1)), (2, good(1)), (4, good(instance)), (5, good(instance))]);
+    }
+    assert_eq!([3, 4, 5].map(|node| room.state(node)), [NodeState::Down; 3]);
     // Half of them is heard: the leader is not cut off, and believes what it does not hear.
     let mut room = Room::all_up(6);
     room.set(6, NodeState::Down);
@@ -477,13 +483,16 @@ fn strangers_are_not_kept_and_do_not_count() {
     // Of a list that is longer than the cluster only as much is read.
     let strangers = (100..200).chain([3]).map(NodeId).collect();
     let many = Beat { unreachable: strangers, ..good(1) };
-    room.run(millis(5000), &[(1, many.clone()), (2, many), (3, good(1))]);
+    room.run(millis(5000), &[(1, many.clone()), (2, many.clone()), (3, good(1))]);
+    room.heard(1, many);
     assert_eq!(room.state(3), NodeState::Up);
     let text = format!("{:?}", room.detector);
     assert!((100..200).all(|node| !text.contains(&format!("NodeId({node})"))), "{text}");
     // Who goes and comes again is unknown again.
+    room.heard(1, cannot_reach(3));
     room.nodes.remove(&NodeId(3));
     room.observe();
+    assert!(!format!("{:?}", room.detector).contains("NodeId(3)"));
     assert_eq!(room.decide(), []);
     room.nodes.insert(NodeId(3), (NodeState::Joining, true));
     room.observe();
@@ -497,6 +506,23 @@ fn the_clock_never_runs_backwards() {
     room.detector.heard(NodeId(2), good(1), Moment(0));
     assert_eq!(room.detector.decide(Moment(0)), []);
     assert!(room.detector.next_at().unwrap() > room.now);
+}
+
+#[test]
+fn a_time_that_passes_while_others_are_heard_is_due_still() {
+    let mut room = Room::all_up(2);
+    room.run_good(BEAT, &[1, 2]);
+    let at = room.detector.next_at().unwrap();
+    assert_eq!(at, room.now.after(millis(1000)));
+    room.wait(millis(1200));
+    room.heard(1, good(1));
+    assert_eq!(room.detector.next_at(), Some(at));
+    assert_eq!(room.decide(), [(2, NodeState::Suspect)]);
+    assert_eq!(
+        room.detector.next_at(),
+        Some(room.now.after(millis(1000))),
+        "the other one's, which was heard just now"
+    );
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! The choice of voters: a pure function, so every small cluster is tried.
 
-use raft_meta::ReplicaId;
 use raft_meta::raft::voters::{Candidate, Input, Next, Standing, next_step};
-use raft_meta::raft::{Role, Step};
+use raft_meta::raft::{Machine, Member, Role, Step};
+use raft_meta::{Command, MetaState, NodeState, ReplicaId};
 use std::collections::BTreeSet;
-use xsan_types::NodeId;
+use xsan_types::{ClusterId, NodeId};
 
 /// A member on `host` of `rack`.
 fn member(id: u64, rack: &str, host: &str, standing: Standing, votes: bool) -> Candidate {
@@ -233,6 +233,34 @@ fn votes_wait_for_a_node_that_was_admitted_and_has_no_replica_yet() {
     assert_eq!(next_step(&input), None);
     input.members[3].standing = Standing::Good;
     assert_eq!(settle(&mut input), BTreeSet::from([1, 2, 4]));
+}
+
+#[test]
+fn the_metadata_says_who_stays_who_goes_and_who_is_awaited() {
+    let mut state = MetaState::new(ClusterId(0xc1), false);
+    for number in 1..=4 {
+        let name = |letter: char| format!("{letter}{number}").parse().unwrap();
+        state.apply(&Command::AddNode { name: name('n'), host: name('h'), rack: None, zone: None }).unwrap();
+    }
+    for (node, to) in [(1, NodeState::Up), (2, NodeState::Suspect), (3, NodeState::Removed)] {
+        state.apply(&Command::SetNodeState { node: NodeId(node), state: to }).unwrap();
+    }
+    let mut machine = Machine::new(state);
+    machine.configuration.voters = vec![ReplicaId(1), ReplicaId(2), ReplicaId(3)];
+    // Node 1 was wiped and joined again; node 4 has no replica.
+    for (replica, node, since) in [(1, 1, 1), (2, 2, 5), (3, 3, 6), (5, 1, 9)] {
+        machine.members.insert(ReplicaId(replica), Member { node: NodeId(node), since });
+    }
+    let standings = |machine: &Machine, late: u64| {
+        let input = Input::new(machine, ReplicaId(2), &|replica| replica.0 != late);
+        let standings: Vec<Standing> = input.members.iter().map(|member| member.standing).collect();
+        (standings, input.awaited.iter().map(|domain| domain[2].clone()).collect::<Vec<_>>())
+    };
+    let (away, gone, good) = (Standing::Away, Standing::Gone, Standing::Good);
+    assert_eq!(standings(&machine, 0), (vec![gone, away, gone, good], vec!["h4".to_owned()]));
+    assert_eq!(standings(&machine, 5), (vec![gone, away, gone, away], vec!["h4".to_owned()]));
+    machine.members.insert(ReplicaId(7), Member { node: NodeId(4), since: 10 });
+    assert_eq!(standings(&machine, 7), (vec![gone, away, gone, good, away], vec![]));
 }
 
 /// How many vote in the end is at least what was, if the hosts that stay are enough for it.
