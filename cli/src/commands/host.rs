@@ -84,6 +84,9 @@ pub(super) struct NewNode {
     /// The node's name; by default the host's.
     #[arg(long)]
     name: Option<String>,
+    /// The machine's name; by default what it calls itself. Nodes of one machine fail together.
+    #[arg(long)]
+    host: Option<String>,
     /// The machine's rack.
     #[arg(long)]
     rack: Option<String>,
@@ -183,7 +186,7 @@ fn with_port(peer: &str) -> String {
 
 impl NewNode {
     fn place(&self, peer: Option<&str>) -> Result<Place, Failure> {
-        let host = host_name()?;
+        let host = self.host.clone().map_or_else(host_name, Ok)?;
         let address = match &self.address {
             Some(address) => with_port(address),
             None => SocketAddr::new(own_address(peer), self.listen.port()).to_string(),

@@ -120,6 +120,56 @@ async fn all_processes_killed_at_once_lose_nothing_that_was_acknowledged() {
     hosts.stop();
 }
 
+/// A setting of a node.
+fn setting(hosts: &Hosts, node: usize, name: &str) -> String {
+    let text = std::fs::read_to_string(hosts.dir(node).join("xsan.toml")).expect("settings");
+    let value = text.lines().find_map(|line| line.strip_prefix(&format!("{name} = \"")));
+    value.unwrap_or_else(|| panic!("{name} in {text}")).trim_end_matches('"').to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wiped_host_takes_its_old_place_and_gets_its_shards_back() {
+    let mut random = Random::of_test();
+    let mut hosts = Hosts::started(4);
+    hosts.ok(1, &["volume", "create", "vm1", "--size", "65MiB"]);
+    let ledger = ledger();
+    write_some(hosts.dir(1), "vm1", &ledger, &mut random, 3, 48 << 20).await;
+    let mut guest = guest(&hosts, 1).await;
+    guest.flush().await.expect("a flush");
+    let shards = |hosts: &Hosts| hosts.ok(1, &["node", "show", "n3"])["shards"].as_u64().expect("shards");
+    let before = shards(&hosts);
+    let (listen, peer) = (setting(&hosts, 3, "listen"), setting(&hosts, 1, "address"));
+    let token = hosts.ok(1, &["cluster", "token"])["token"].as_str().expect("a token").to_owned();
+    let dir = hosts.dir(3);
+    let path = dir.to_string_lossy().into_owned();
+    let join = |hosts: &Hosts| {
+        let place = ["--dir", &path, "--name", "n3", "--host", "localhost", "--listen", &listen, "--address", &listen];
+        let how = ["--device-size", "2GiB", "--replace", "--no-start"];
+        hosts.run(1, &[&["node", "join", &token, "--peer", &peer][..], &place, &how].concat())
+    };
+
+    hosts.kill(3);
+    std::fs::remove_dir_all(&dir).expect("wiped");
+    let early = join(&hosts);
+    assert!(early.code != 0 && early.stderr.contains("not down"), "its old process may still run: {early:?}");
+    eventually(10, "n3 is down", || match hosts.state(1, 3) {
+        state if state == "down" => Ok(()),
+        state => Err(state),
+    });
+    let joined = join(&hosts);
+    assert_eq!(joined.code, 0, "{joined:?}");
+    hosts.restart(3);
+    hosts.wait_until_whole(1, 60);
+    eventually(60, "its shards are back", || match shards(&hosts) {
+        now if now >= before && now > 0 => Ok(()),
+        now => Err(format!("{now} of {before}")),
+    });
+    // What it was given back is right: others may be lost now.
+    hosts.kill(2);
+    hosts.kill(4);
+    read_all_back(&mut guest, &ledger, "with n1 and the new n3 alone").await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn commands_are_answered_by_any_node_and_hosts_are_let_in_by_good_tokens_only() {
     let hosts = Hosts::started(3);
@@ -135,16 +185,14 @@ async fn commands_are_answered_by_any_node_and_hosts_are_let_in_by_good_tokens_o
     hosts.ok(3, &["volume", "delete", "b", "--yes"]);
     assert_eq!(hosts.run(1, &["volume", "stat", "b"]).code, 4);
 
-    let address = std::fs::read_to_string(hosts.dir(1).join("xsan.toml")).expect("settings");
-    let address = address.lines().find_map(|line| line.strip_prefix("address = \"")).expect("an address");
-    let address = address.trim_end_matches('"');
+    let address = setting(&hosts, 1, "address");
     let token = hosts.ok(2, &["cluster", "token", "--uses", "1"])["token"].as_str().expect("a token").to_owned();
     let new = hosts.dir(1).with_file_name("new");
     let join = |token: &str, name: &str| {
         let dir = new.join(name);
         let dir = dir.to_string_lossy();
         let fixed = ["--listen", "127.0.0.1:0", "--address", "127.0.0.1:1", "--device-size", "1GiB", "--no-start"];
-        let mut arguments = vec!["node", "join", token, "--peer", address, "--dir", &dir, "--name", name];
+        let mut arguments = vec!["node", "join", token, "--peer", &address, "--dir", &dir, "--name", name];
         arguments.extend(fixed);
         hosts.run(1, &arguments)
     };
