@@ -123,13 +123,13 @@ pub trait Exports: Send + Sync + 'static {
 }
 
 /// Why an export was not opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
     /// No export of that name.
     #[error("no such export")]
     NotFound,
-    /// It exists but cannot be served now (too few nodes, owned elsewhere, shutting down).
-    #[error("the export cannot be served now")]
-    Unavailable,
+    /// It exists but cannot be served now, and why, for people.
+    #[error("the export cannot be served now: {0}")]
+    Unavailable(String),
 }

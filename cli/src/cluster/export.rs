@@ -156,7 +156,7 @@ impl Exports for VolumeManager {
                 Err(error) if error.kind() == ErrorKind::NotFound => Err(OpenError::NotFound),
                 Err(error) => {
                     tracing::warn!(volume = name, %error, "cannot serve the volume");
-                    Err(OpenError::Unavailable)
+                    Err(OpenError::Unavailable(error.to_string()))
                 }
             }
         })

@@ -182,11 +182,11 @@ impl Host {
         let status = self.group().status().borrow().clone();
         let leader = status.leader.and_then(|leader| status.members.get(&leader)).map(|member| member.node);
         let Some(leader) = leader else { return };
-        let beat = Heartbeat {
-            disk_silent_millis: u64::try_from(self.disk_silent_for().as_millis()).unwrap_or(u64::MAX),
-            unreachable: self.links().unreachable(self.env().now()),
-            leaving,
-        };
+        let mut unreachable = self.links().unreachable(self.env().now());
+        // The beat itself disproves it, if it arrives.
+        unreachable.retain(|node| *node != leader);
+        let disk_silent_millis = u64::try_from(self.disk_silent_for().as_millis()).unwrap_or(u64::MAX);
+        let beat = Heartbeat { disk_silent_millis, unreachable, leaving };
         if leader == self.node_id() {
             self.beats.push(leader, self.instance(), self.env().now(), beat);
         } else if let Ok(body) = serde_json::to_vec(&beat) {

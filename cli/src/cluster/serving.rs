@@ -290,7 +290,7 @@ impl Exports for HostExports {
                 Err(error) if error.kind() == ErrorKind::NotFound => Err(OpenError::NotFound),
                 Err(error) => {
                     tracing::warn!(volume = name, %error, "cannot serve the volume");
-                    Err(OpenError::Unavailable)
+                    Err(OpenError::Unavailable(error.to_string()))
                 }
             }
         })

@@ -215,9 +215,9 @@ impl Haggling<'_> {
         let export = match self.unless_stopping(opened).await {
             Some(Ok(export)) => export,
             Some(Err(OpenError::NotFound)) => return Ok(Err(Absent::Unknown)),
-            Some(Err(error)) => {
-                tracing::info!(export = name, %error, "export not opened");
-                return Ok(Err(Absent::Unavailable));
+            Some(Err(OpenError::Unavailable(why))) => {
+                tracing::info!(export = name, why, "export not opened");
+                return Ok(Err(Absent::Unavailable(why)));
             }
             None => return Ok(Err(Absent::Shutdown)),
         };

@@ -82,13 +82,16 @@ pub enum Step {
     Meta(MetaQuery),
 }
 
+/// Longest reason that a client is told, in bytes: what the protocol allows for a string.
+const REASON_BYTES_MAX: usize = 4096;
+
 /// Why an export is not shown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Absent {
     /// There is none of that name.
     Unknown,
-    /// It cannot be served now.
-    Unavailable,
+    /// It cannot be served now, and why.
+    Unavailable(String),
     /// The server is stopping.
     Shutdown,
 }
@@ -295,9 +298,10 @@ impl Handshake {
                 reply(&mut bytes, code, option_reply::ERR_UNKNOWN, b"no such export");
                 return bytes;
             }
-            Err(Absent::Unavailable) => {
-                let text = b"the export cannot be served now: the server's status says why";
-                reply(&mut bytes, code, option_reply::ERR_UNKNOWN, text);
+            Err(Absent::Unavailable(why)) => {
+                let text = format!("the export cannot be served now: {why}");
+                let end = text.floor_char_boundary(REASON_BYTES_MAX);
+                reply(&mut bytes, code, option_reply::ERR_UNKNOWN, text[..end].as_bytes());
                 return bytes;
             }
             Err(Absent::Shutdown) => {

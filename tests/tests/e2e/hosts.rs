@@ -62,7 +62,8 @@ async fn a_volume_moves_to_another_host_under_its_clients() {
     write_some(hosts.dir(1), "vm1", &ledger, &mut random, 2, 16 << 20).await;
     let mut guest_at_1 = guest(&hosts, 1).await;
     // Somebody else's client is no reason to take a volume from a client that works with it.
-    assert!(hosts.connect(2, "vm1").await.is_err(), "served at n1, for a client");
+    let refused = hosts.connect(2, "vm1").await.map(drop).expect_err("served at n1, for a client");
+    assert!(refused.to_string().contains("served by n1"), "a person must know where: {refused}");
     guest_at_1.write(VOLUME_BYTES, &[7; 4096], 0).await.expect("n1 still serves");
 
     hosts.ok(3, &["volume", "attach", "vm1"]);

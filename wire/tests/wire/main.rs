@@ -7,6 +7,7 @@
 
 mod calls;
 mod golden;
+mod join;
 mod losses;
 mod real;
 mod services;
