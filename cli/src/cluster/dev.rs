@@ -4,6 +4,7 @@
 //! Layout of the directory: `lock`, `meta/` (metadata), `nN/device.img` and `nN/index/` per node, `admin.sock`, `nbd.sock`.
 
 use super::facts::{Facts, NodeFacts, NodeReport};
+use super::founding::Mute;
 use super::handle::NodeHandle;
 use super::storage::{Storage, lock_directory, share_of_space};
 use super::volumes::VolumeManager;
@@ -11,14 +12,16 @@ use super::{Cluster, Done};
 use crate::error::ClusterError;
 use lsm_block::Tuning;
 use lsm_block::index::PageCache;
-use raft_meta::{AckPolicy, Command, Consensus, MetaState, Name, NodeState, Options, Outcome, SingleReplica};
+use raft_meta::{
+    AckPolicy, Command, Consensus, FormatError, GroupOptions, MetaState, Name, NodeState, Outcome, RaftGroup,
+};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use xsan_env::os_disk::{Backend, IoDriver};
 use xsan_env::runtime::BoxFuture;
-use xsan_env::{BufPool, Env, Registry};
+use xsan_env::{BufPool, Directory, Env, Registry};
 use xsan_gateway::server::Server as Gateway;
 use xsan_node::{DeviceIdentity, Node};
 use xsan_pool::{DeviceView, Pool, PoolConfig, PoolView};
@@ -112,7 +115,7 @@ pub struct DevCluster {
     registry: Registry,
     buffers: BufPool,
     storage: Storage,
-    meta: Arc<SingleReplica>,
+    meta: RaftGroup,
     nodes: Vec<DevNode>,
     volumes: VolumeManager,
     gateway: OnceLock<Gateway>,
@@ -130,9 +133,9 @@ impl DevCluster {
         let lock = lock_directory(env, &options.dir).await?;
         let buffers = BufPool::new(options.arena_bytes, 64 << 20);
         let driver = IoDriver::start(env, &buffers, options.backend).map_err(ClusterError::io("disk I/O"))?;
-        let meta = Arc::new(open_meta(env, &options.dir.join("meta")).await?);
+        let meta = open_meta(env, &options.dir.join("meta")).await?;
         let cache = Arc::new(PageCache::new(options.page_cache_bytes));
-        let consensus = Arc::clone(&meta) as Arc<dyn Consensus>;
+        let consensus: Arc<dyn Consensus> = Arc::new(meta.clone());
         let volumes = VolumeManager::new(env.clone(), buffers.clone(), cache, consensus, options.tuning);
         let mut cluster = Self {
             env: env.clone(),
@@ -566,12 +569,19 @@ impl Cluster for DevCluster {
     }
 }
 
-async fn open_meta(env: &Env, dir: &Path) -> Result<SingleReplica, ClusterError> {
+/// A group of one voter that speaks with nobody. What an earlier release left as a single log becomes one.
+async fn open_meta(env: &Env, dir: &Path) -> Result<RaftGroup, ClusterError> {
     let files = xsan_env::file::OsDirectory::open(env, dir).await;
-    let files = files.map_err(ClusterError::io(format!("cannot open {}", dir.display())))?;
-    let cluster = ClusterId(env.random_u128());
-    let genesis = move || MetaState::new(cluster, true);
-    Ok(SingleReplica::open_or_create(env, Arc::new(files), Options::default(), genesis).await?)
+    let files: Arc<dyn Directory> =
+        Arc::new(files.map_err(ClusterError::io(format!("cannot open {}", dir.display())))?);
+    let (first, options) = (NodeId(1), GroupOptions::default());
+    match RaftGroup::open_or_migrate(env, Arc::clone(&files), Arc::new(Mute), options, first).await {
+        Err(FormatError::Absent) => {
+            let genesis = MetaState::new(ClusterId(env.random_u128()), true);
+            Ok(RaftGroup::create(env, files, Arc::new(Mute), options, first, genesis).await?)
+        }
+        opened => Ok(opened?),
+    }
 }
 
 #[cfg(test)]

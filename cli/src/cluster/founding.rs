@@ -102,8 +102,8 @@ struct Admitted {
     devices: Vec<DeviceId>,
 }
 
-/// A replica that is only made speaks with nobody.
-struct Mute;
+/// A replica that is only made, or is the only one, speaks with nobody.
+pub(super) struct Mute;
 
 impl RaftTransport for Mute {
     fn send(&self, _to: ReplicaId, _message: Vec<u8>) {}

@@ -114,7 +114,7 @@ async fn debug_commands_show_what_is_left_and_change_nothing() {
         }
         damage.into_iter().rev().for_each(Damage::undo);
     }
-    let file = meta.join("meta.log");
+    let file = meta.join("raft.log");
     let mut bytes = std::fs::read(&file).expect("a log");
     for _ in 0..3 {
         let at = random.below(bytes.len() as u64) as usize;

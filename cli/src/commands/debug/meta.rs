@@ -2,32 +2,58 @@
 
 use super::output::line;
 use super::{Failure, Output, print, unreadable};
+use raft_meta::inspect::{LogReport, SnapshotReport, inspect_log, inspect_snapshot};
+use raft_meta::raft::format::{RAFT_LOG_FILE, RAFT_SNAPSHOT_FILE};
+use raft_meta::raft::inspect::{GroupLogReport, GroupSnapshotReport, inspect_group_log, inspect_group_snapshot};
 use serde::Serialize;
+use std::fmt::Display;
 use std::io;
 use std::path::Path;
 
+/// What a directory of metadata holds. Whatever is there is shown: a file that is missing may be why somebody looks.
 #[derive(Serialize)]
-pub(super) struct MetaReport {
-    log: raft_meta::inspect::LogReport,
-    snapshot: Option<raft_meta::inspect::SnapshotReport>,
+struct MetaReport<L, S> {
+    log: Option<L>,
+    snapshot: Option<S>,
 }
 
 pub(super) fn meta(dir: &Path, output: Output) -> Result<(), Failure> {
-    use raft_meta::inspect::{inspect_log, inspect_snapshot};
-    let path = dir.join("meta.log");
-    let log = std::fs::read(&path).map_err(|error| unreadable(&path, &error))?;
-    let path = dir.join("meta.snapshot");
-    let snapshot = match std::fs::read(&path) {
-        Ok(bytes) => Some(inspect_snapshot(&bytes)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(unreadable(&path, &error)),
-    };
-    let report = MetaReport { log: inspect_log(&log), snapshot };
-    print(output, &report, || {
+    let (log, snapshot) = (read(dir, RAFT_LOG_FILE)?, read(dir, RAFT_SNAPSHOT_FILE)?);
+    if log.is_some() || snapshot.is_some() {
+        let report: MetaReport<GroupLogReport, GroupSnapshotReport> = MetaReport {
+            log: log.as_deref().map(inspect_group_log),
+            snapshot: snapshot.as_deref().map(inspect_group_snapshot),
+        };
+        show(output, &report);
+        return Ok(());
+    }
+    // What releases before groups wrote.
+    let (log, snapshot) = (read(dir, raft_meta::LOG_FILE)?, read(dir, raft_meta::SNAPSHOT_FILE)?);
+    if log.is_none() && snapshot.is_none() {
+        return Err(unreadable(&dir.join(RAFT_LOG_FILE), &io::ErrorKind::NotFound.into()));
+    }
+    let report: MetaReport<LogReport, SnapshotReport> =
+        MetaReport { log: log.as_deref().map(inspect_log), snapshot: snapshot.as_deref().map(inspect_snapshot) };
+    show(output, &report);
+    Ok(())
+}
+
+fn read(dir: &Path, name: &str) -> Result<Option<Vec<u8>>, Failure> {
+    let path = dir.join(name);
+    match std::fs::read(&path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(unreadable(&path, &error)),
+    }
+}
+
+fn show<L: Display + Serialize, S: Display + Serialize>(output: Output, report: &MetaReport<L, S>) {
+    print(output, report, || {
         if let Some(snapshot) = &report.snapshot {
             line!("{snapshot}");
         }
-        line!("{}", report.log);
+        if let Some(log) = &report.log {
+            line!("{log}");
+        }
     });
-    Ok(())
 }

@@ -39,7 +39,7 @@ pub(super) enum DebugCommand {
     Index(IndexArgs),
     /// Log and snapshot of the metadata.
     Meta {
-        /// The directory of `meta.log` and `meta.snapshot`.
+        /// The directory `meta` of a node, or of a cluster in one process.
         dir: PathBuf,
     },
 }
