@@ -21,6 +21,8 @@ pub struct ClusterStatus {
     pub health: String,
     /// Why it is not `ok`, one sentence each.
     pub reasons: Vec<String>,
+    /// The same with a code and advice.
+    pub problems: Vec<Problem>,
     /// Identity of the cluster.
     pub cluster: String,
     /// All nodes are on one host.
@@ -41,6 +43,22 @@ pub struct ClusterStatus {
     pub volumes: Vec<VolumeInfo>,
     /// Sums over the process.
     pub counters: ProcessCounters,
+}
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// What kind, for programs: `NODE_DOWN`, `NODE_SILENT`, `NODE_JOINING`, `DEVICE_FAILED`, `DEVICE_FULL`, `JOURNAL_SHORT`,
+    /// `POSITIONS_MISSING`, `POOL_STALLED`, `VOLUME_WAITS`.
+    pub code: String,
+    /// `warning` (served, with less redundancy or soon not) or `error` (some I/O waits or fails).
+    pub severity: String,
+    /// What it is about.
+    pub subject: String,
+    /// For people.
+    pub message: String,
+    /// What to do, for people.
+    pub advice: String,
 }
 
 /// A node.

@@ -4,9 +4,10 @@ use super::api::{
     ApiError, ChangeVolume, CreatePool, CreateToken, CreateVolume, DeleteVolume, Done, JoinToken, RenameNode, StopNode,
 };
 use super::status::cluster_status;
+use crate::cluster::events::Event;
 use crate::cluster::{self, Cluster};
 use crate::error::ClusterError;
-use axum::extract::{Path, State};
+use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, patch, post};
@@ -98,6 +99,7 @@ pub async fn serve(admin: Admin, listener: Listener) {
 fn router(admin: Admin) -> Router {
     Router::new()
         .route("/v1/status", get(status))
+        .route("/v1/events", get(events))
         .route("/v1/pools", post(create_pool))
         .route("/v1/pools/{name}", axum::routing::delete(delete_pool))
         .route("/v1/volumes", post(create_volume))
@@ -113,6 +115,22 @@ fn router(admin: Admin) -> Router {
 
 async fn status(State(admin): State<Admin>) -> Answer<super::api::ClusterStatus> {
     Ok(Json(cluster_status(&*admin.cluster, &admin.nbd).await))
+}
+
+/// What is asked of the events.
+#[derive(serde::Deserialize)]
+struct EventsQuery {
+    /// Only events after this number.
+    #[serde(default)]
+    after: u64,
+    /// Seconds to wait for the first one.
+    #[serde(default)]
+    wait: u64,
+}
+
+async fn events(State(admin): State<Admin>, Query(query): Query<EventsQuery>) -> Answer<Vec<Event>> {
+    let patience = Duration::from_secs(query.wait.min(60));
+    Ok(Json(admin.cluster.events().after(admin.cluster.env(), query.after, patience).await))
 }
 
 async fn metrics(State(admin): State<Admin>) -> String {

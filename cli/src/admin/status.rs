@@ -1,6 +1,6 @@
 //! The truth about a cluster, computed from its parts when asked; nothing here is echoed from what was believed before.
 
-use super::api::{ClusterStatus, DeviceInfo, NodeStatus, PoolStatus, ProcessCounters, VolumeInfo};
+use super::api::{ClusterStatus, DeviceInfo, NodeStatus, PoolStatus, Problem, ProcessCounters, VolumeInfo};
 use crate::cluster::facts::NodeFacts;
 use crate::cluster::maps::answers;
 use crate::cluster::{Cluster, Facts};
@@ -15,16 +15,18 @@ pub async fn cluster_status(cluster: &dyn Cluster, nbd: &[String]) -> ClusterSta
     let nodes: Vec<NodeStatus> = facts.nodes.iter().map(|node| node_status(&facts, node)).collect();
     let (pools, volumes) = (pool_statuses(&facts), volume_infos(&facts));
     let now_millis = cluster.env().wall_millis();
-    let degraded = degraded(&nodes, &volumes, now_millis);
-    let stalled = stalled(&nodes, &pools, &volumes);
-    let health = match (stalled.is_empty(), degraded.is_empty()) {
+    let mut problems = warnings(&nodes, &volumes, now_millis);
+    let errors = errors(&nodes, &pools, &volumes);
+    let health = match (errors.is_empty(), problems.is_empty()) {
         (false, _) => "stalled",
         (true, false) => "degraded",
         (true, true) => "ok",
     };
+    problems.extend(errors);
     ClusterStatus {
         health: health.to_owned(),
-        reasons: degraded.into_iter().chain(stalled).collect(),
+        reasons: problems.iter().map(|problem| problem.message.clone()).collect(),
+        problems,
         cluster: view.cluster.to_string(),
         single_host: view.single_host,
         epoch: view.epoch.0,
@@ -43,56 +45,99 @@ fn serves(node: &NodeStatus) -> bool {
     node.answers && node.state != "down" && node.state != "joining"
 }
 
-/// What is served with less redundancy than wanted, one sentence each.
-fn degraded(nodes: &[NodeStatus], volumes: &[VolumeInfo], now_millis: u64) -> Vec<String> {
-    let mut reasons = Vec::new();
-    for node in nodes.iter().filter(|node| !serves(node)) {
-        let seconds = now_millis.saturating_sub(node.since_millis) / 1000;
-        reasons.push(match node.state.as_str() {
-            "joining" => format!("node {} is joining for {seconds} s; it holds no data yet", node.name),
-            "down" => format!(
-                "node {} is down for {seconds} s ({}); its shards are served from the others",
-                node.name, node.reason
-            ),
-            state => format!("node {} is {state} and does not answer", node.name),
-        });
-    }
-    for node in nodes.iter().filter(|node| node.failed) {
-        reasons.push(format!("a device of node {} failed and takes no more writes", node.name));
-    }
-    for volume in volumes {
-        let Some(engine) = &volume.engine else { continue };
-        if engine.members < engine.members_wanted {
-            reasons.push(format!(
-                "volume {}: {} of {} journal members; the set grows when nodes return",
-                volume.name, engine.members, engine.members_wanted
-            ));
-        }
-        if engine.segments_with_holes > 0 {
-            reasons.push(format!(
-                "volume {}: {} segments miss positions; they are filled when nodes return",
-                volume.name, engine.segments_with_holes
-            ));
-        }
-    }
-    reasons
+/// Devices fuller than this are told of, in percent.
+const FULL_PERCENT: u64 = 90;
+
+fn problem(code: &str, severity: &str, subject: &str, message: String, advice: &str) -> Problem {
+    let advice = advice.to_owned();
+    Problem { code: code.to_owned(), severity: severity.to_owned(), subject: subject.to_owned(), message, advice }
 }
 
-/// What waits, one sentence each.
-fn stalled(nodes: &[NodeStatus], pools: &[PoolStatus], volumes: &[VolumeInfo]) -> Vec<String> {
-    let mut reasons = Vec::new();
+/// What is served with less redundancy than wanted, or will soon not be served.
+fn warnings(nodes: &[NodeStatus], volumes: &[VolumeInfo], now_millis: u64) -> Vec<Problem> {
+    let mut found = Vec::new();
+    let mut warn = |code, subject: &str, message, advice| {
+        found.push(problem(code, "warning", subject, message, advice));
+    };
+    for node in nodes {
+        let name = node.name.as_str();
+        let seconds = now_millis.saturating_sub(node.since_millis) / 1000;
+        match node.state.as_str() {
+            _ if serves(node) => {}
+            "joining" => warn(
+                "NODE_JOINING",
+                name,
+                format!("node {name} is joining for {seconds} s; it holds no data yet"),
+                "if it stays so, look at its log: its devices may not have been opened",
+            ),
+            "down" => warn(
+                "NODE_DOWN",
+                name,
+                format!("node {name} is down for {seconds} s ({}); its shards are served from the others", node.reason),
+                "bring it back; if it will not return, let a successor join with `xsan node join --replace`",
+            ),
+            state => warn(
+                "NODE_SILENT",
+                name,
+                format!("node {name} is {state} and does not answer"),
+                "look at its host and network; it is called down soon",
+            ),
+        }
+        if node.failed {
+            let text = format!("a device of node {name} failed and takes no more writes");
+            warn("DEVICE_FAILED", name, text, "replace the disk, then the node: `xsan node join --replace`");
+        }
+        for device in node.devices.iter().filter(|device| device.capacity > 0) {
+            let percent = device.used * 100 / device.capacity;
+            if percent >= FULL_PERCENT {
+                let text = format!("a device of node {name} is {percent} % full");
+                warn("DEVICE_FULL", name, text, "delete volumes or trim inside guests");
+            }
+        }
+    }
+    for volume in volumes {
+        let (name, Some(engine)) = (volume.name.as_str(), &volume.engine) else { continue };
+        if engine.members < engine.members_wanted {
+            let text = format!(
+                "volume {name}: {} of {} journal members; the set grows when nodes return",
+                engine.members, engine.members_wanted
+            );
+            warn("JOURNAL_SHORT", name, text, "bring nodes back");
+        }
+        if engine.segments_with_holes > 0 {
+            let text = format!(
+                "volume {name}: {} segments miss positions; they are filled when nodes return",
+                engine.segments_with_holes
+            );
+            warn("POSITIONS_MISSING", name, text, "bring nodes back, or replace those that are lost");
+        }
+    }
+    found
+}
+
+/// What waits or fails.
+fn errors(nodes: &[NodeStatus], pools: &[PoolStatus], volumes: &[VolumeInfo]) -> Vec<Problem> {
+    let mut found = Vec::new();
     let lost = nodes.iter().filter(|node| !serves(node) && node.state != "joining").count();
     for pool in pools.iter().filter(|pool| pool.positions_down > 0 && lost > pool.tolerates) {
-        reasons.push(format!(
+        let text = format!(
             "pool {}: {lost} nodes are down and {} tolerates {}: I/O waits until one returns",
             pool.name, pool.scheme, pool.tolerates
-        ));
+        );
+        found.push(problem("POOL_STALLED", "error", &pool.name, text, "bring nodes back: nothing is lost by waiting"));
     }
     for volume in volumes.iter().filter(|volume| volume.state == "waiting") {
         let reason = volume.reason.as_deref().unwrap_or("too few nodes");
-        reasons.push(format!("volume {}: I/O waits: {reason}", volume.name));
+        let text = format!("volume {}: I/O waits: {reason}", volume.name);
+        found.push(problem(
+            "VOLUME_WAITS",
+            "error",
+            &volume.name,
+            text,
+            "bring nodes back: requests go on by themselves",
+        ));
     }
-    reasons
+    found
 }
 
 fn node_status(facts: &Facts, node: &NodeFacts) -> NodeStatus {

@@ -8,7 +8,7 @@ use super::founding::Mute;
 use super::handle::NodeHandle;
 use super::storage::{Storage, lock_directory, share_of_space};
 use super::volumes::VolumeManager;
-use super::{Cluster, Done};
+use super::{Cluster, Done, Events, events};
 use crate::error::ClusterError;
 use lsm_block::Tuning;
 use lsm_block::index::PageCache;
@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use xsan_env::os_disk::{Backend, IoDriver};
-use xsan_env::runtime::BoxFuture;
+use xsan_env::runtime::{BoxFuture, TaskHandle};
 use xsan_env::{BufPool, Directory, Env, Registry};
 use xsan_gateway::server::Server as Gateway;
 use xsan_node::{DeviceIdentity, Node};
@@ -113,12 +113,15 @@ pub struct DevCluster {
     env: Env,
     options: DevOptions,
     registry: Registry,
+    events: Arc<Events>,
     buffers: BufPool,
     storage: Storage,
     meta: RaftGroup,
     nodes: Vec<DevNode>,
     volumes: VolumeManager,
     gateway: OnceLock<Gateway>,
+    /// What tells of events.
+    following: Mutex<Option<TaskHandle>>,
     /// Serialises stops, starts and map changes.
     changing: tokio::sync::Mutex<()>,
     _lock: std::fs::File,
@@ -141,18 +144,22 @@ impl DevCluster {
             env: env.clone(),
             options,
             registry: Registry::new(),
+            events: Arc::default(),
             storage: Storage::new(env, driver, &buffers),
             buffers,
             meta,
             nodes: Vec::new(),
             volumes,
             gateway: OnceLock::new(),
+            following: Mutex::new(None),
             changing: tokio::sync::Mutex::new(()),
             _lock: lock,
         };
         cluster.open_nodes().await?;
         cluster.open_pools().await?;
         cluster.tell_registers(None).await;
+        let told = events::follow(env.clone(), Arc::new(cluster.meta.clone()), Arc::clone(&cluster.events));
+        *cluster.following.lock().expect("task lock") = Some(env.spawn("events", told));
         Ok(cluster)
     }
 
@@ -332,6 +339,9 @@ impl DevCluster {
             if let Some(running) = running {
                 running.close().await;
             }
+        }
+        if let Some(following) = self.following.lock().expect("task lock").take() {
+            following.abort();
         }
         self.meta.close().await;
     }
@@ -536,6 +546,9 @@ impl Cluster for DevCluster {
     }
     fn view(&self) -> Arc<MetaState> {
         self.meta.view()
+    }
+    fn events(&self) -> &Events {
+        &self.events
     }
     fn propose(&self, command: Command) -> Done<'_, Outcome> {
         Box::pin(self.propose(command))

@@ -10,7 +10,7 @@ use super::probe::DiskProbe;
 use super::settings::Settings;
 use super::storage::{Storage, lock_directory};
 use super::volumes::VolumeManager;
-use super::{Cluster, Done};
+use super::{Cluster, Done, Events, events};
 use crate::error::ClusterError;
 use lsm_block::Tuning;
 use lsm_block::index::PageCache;
@@ -63,6 +63,7 @@ pub struct Host {
     settings: Settings,
     identity: Identity,
     registry: Registry,
+    events: Arc<Events>,
     buffers: BufPool,
     storage: Storage,
     endpoint: Endpoint,
@@ -126,6 +127,7 @@ impl Host {
             settings,
             identity,
             registry: Registry::new(),
+            events: Arc::default(),
             storage,
             endpoint,
             links,
@@ -153,6 +155,10 @@ impl Host {
         let mut tasks = vec![
             self.env.spawn("nodes", async move { server.serve(listener).await }),
             self.env.spawn("metadata", follow(Arc::clone(self))),
+            self.env.spawn(
+                "events",
+                events::follow(self.env.clone(), Arc::clone(&self.consensus), Arc::clone(&self.events)),
+            ),
             self.env.spawn("devices", ask_devices(Arc::clone(self))),
             self.env.spawn("introduction", introduce(Arc::clone(self))),
             self.env.spawn("heartbeat", membership::beat(Arc::clone(self))),
@@ -389,6 +395,9 @@ impl Cluster for Host {
     }
     fn view(&self) -> Arc<MetaState> {
         self.group.view()
+    }
+    fn events(&self) -> &Events {
+        &self.events
     }
     fn propose(&self, command: Command) -> Done<'_, Outcome> {
         Box::pin(self.propose(command))

@@ -1,11 +1,13 @@
 //! A cluster as a whole: storage nodes, metadata, pools, volumes and the gateway, put together from their crates.
 //!
 //! [`dev`] runs all of it in one process on directories; [`host`] runs one node of a cluster of hosts. [`volumes`] owns the
-//! volumes a process serves; [`export`] shows them to the gateway; [`facts`] is what both tell of themselves.
+//! volumes a process serves; [`export`] shows them to the gateway; [`facts`] is what both tell of themselves, [`events`]
+//! what happened.
 //! Of hosts: [`founding`] (how one becomes a node), [`identity`] and [`settings`] (its files), [`links`] (how others are reached),
 //! [`membership`] (who is up), [`maps`] (what pools know), [`serving`] (who serves a volume).
 
 pub mod dev;
+pub mod events;
 pub mod export;
 pub mod facts;
 pub mod founding;
@@ -22,6 +24,7 @@ pub mod storage;
 pub mod volumes;
 
 pub use dev::{DevCluster, DevOptions};
+pub use events::Events;
 pub use facts::Facts;
 pub use host::{Host, HostOptions};
 pub use volumes::VolumeManager;
@@ -45,6 +48,8 @@ pub trait Cluster: Send + Sync + 'static {
     fn registry(&self) -> &Registry;
     /// The metadata now.
     fn view(&self) -> Arc<MetaState>;
+    /// What happened, as this process learned it.
+    fn events(&self) -> &Events;
     /// Proposes a metadata command.
     fn propose(&self, command: Command) -> Done<'_, Outcome>;
     /// Makes this process follow the metadata's pools at once.

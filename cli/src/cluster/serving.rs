@@ -18,6 +18,8 @@ use xsan_types::{ErrorKind, NodeId, VolumeId};
 const RELEASE_FOR: Duration = Duration::from_secs(2);
 /// How long a client that opens a volume waits for the word of a node that does not answer: by then it is down.
 const SILENCE_MAX: Duration = Duration::from_secs(6);
+/// How long a client that is still counted elsewhere is given to be gone: one guest often follows itself.
+const LEFT_FOR: Duration = Duration::from_secs(1);
 /// How long a volume that was let go is not taken back by itself.
 const AWAY_FOR: Duration = Duration::from_secs(5);
 /// A resize waits for what is being written.
@@ -92,6 +94,10 @@ impl Host {
             };
             match answer {
                 Some(Reply::Done) => break,
+                // A client that has just left is forgotten in a moment.
+                Some(Reply::InUse { clients: 1.. }) if self.env().now().since(since) < LEFT_FOR => {
+                    let _ = self.env().timeout(Duration::from_millis(50), self.owner_is_gone(id, owner)).await;
+                }
                 Some(Reply::InUse { .. }) => {
                     return Err(ClusterError::ServedElsewhere { name: name.to_owned(), node: owner_name });
                 }

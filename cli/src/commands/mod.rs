@@ -8,8 +8,9 @@ mod processes;
 mod serve;
 mod volume;
 
-use crate::admin::api::{ClusterStatus, CreatePool, Done, RenameNode, StopNode};
+use crate::admin::api::{ClusterStatus, CreatePool, DeviceInfo, Done, RenameNode, StopNode};
 use crate::admin::client::{Client, ClientError};
+use crate::cluster::events::Event;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use hyper::Method;
 use std::io::IsTerminal;
@@ -59,6 +60,14 @@ enum Command {
     Dev(dev::DevArgs),
     /// Show what is up, what is degraded, since when and why. Exits 0 once the cluster can serve.
     Status,
+    /// List what is not as it should be, with codes and advice. Exits 0 if nothing is, 3 otherwise.
+    Health,
+    /// Tell what happened in the cluster, as the node that is asked learned it since its start.
+    Events {
+        /// Go on as things happen, until interrupted.
+        #[arg(long, short)]
+        follow: bool,
+    },
     /// Make and remove pools.
     #[command(subcommand)]
     Pool(PoolCommand),
@@ -71,6 +80,9 @@ enum Command {
     /// Join, run, look at, stop and start nodes.
     #[command(subcommand)]
     Node(NodeCommand),
+    /// Look at devices.
+    #[command(subcommand)]
+    Device(DeviceCommand),
     /// Read devices and metadata files, changing nothing: for finding out what went wrong.
     #[command(subcommand)]
     Debug(debug::DebugCommand),
@@ -107,6 +119,12 @@ struct CreatePoolArgs {
     /// N whole copies: survives N-1 lost nodes at N times the space.
     #[arg(long, value_name = "N")]
     replicas: Option<u8>,
+}
+
+#[derive(Debug, Subcommand)]
+enum DeviceCommand {
+    /// List the devices of all nodes.
+    List,
 }
 
 #[derive(Debug, Subcommand)]
@@ -158,7 +176,12 @@ enum Failure {
     Cluster(crate::error::ClusterError),
     /// Wrong use, with the next step.
     Usage(String, Option<String>),
+    /// There are problems, which were told already.
+    Unhealthy,
 }
+
+/// How `health` ends when there are problems.
+const UNHEALTHY: u8 = 3;
 
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
@@ -190,6 +213,7 @@ fn exit_code(kind: &str) -> u8 {
 impl Failure {
     fn report(&self) -> u8 {
         let (kind, message, next) = match self {
+            Self::Unhealthy => return UNHEALTHY,
             Self::Client(error @ ClientError::Connect { path, .. }) => {
                 let next = format!(
                     "start it with `xsan dev --dir DIR`, or name its socket: --admin DIR/admin.sock (tried {})",
@@ -265,6 +289,9 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
         }
         Command::Debug(command) => debug::run(command, cli.output).await,
         Command::Status => status(&client()?, cli.output).await,
+        Command::Health => health(&client()?, cli.output).await,
+        Command::Events { follow } => events(&client()?, follow, cli.output).await,
+        Command::Device(DeviceCommand::List) => devices(&client()?, cli.output).await,
         Command::Pool(command) => pool(&client()?, command, cli.output).await,
         Command::Volume(command) => volume::run(&client()?, command, cli.output).await,
         Command::Cluster(command) => host::cluster(command, client().ok(), cli.output).await,
@@ -296,6 +323,56 @@ async fn status(client: &Client, output: Output) -> Result<(), Failure> {
     match output {
         Output::Json => output::json(&status),
         Output::Text => output::status(&status),
+    }
+    Ok(())
+}
+
+async fn health(client: &Client, output: Output) -> Result<(), Failure> {
+    let status = fetch(client).await?;
+    match output {
+        Output::Json => output::json(&status.problems),
+        Output::Text => output::problems(&status.problems),
+    }
+    if status.problems.is_empty() { Ok(()) } else { Err(Failure::Unhealthy) }
+}
+
+async fn events(client: &Client, follow: bool, output: Output) -> Result<(), Failure> {
+    let mut after = 0;
+    loop {
+        let wait = if follow && after > 0 { 30 } else { 0 };
+        let path = format!("/v1/events?after={after}&wait={wait}");
+        let events: Vec<Event> = client.call(Method::GET, &path, &Done {}).await?;
+        for event in &events {
+            match output {
+                // One document a line: a stream has no end to close a list at.
+                Output::Json => output::put(&serde_json::to_string(event).unwrap_or_default()),
+                Output::Text => output::event(event),
+            }
+        }
+        if !follow {
+            return Ok(());
+        }
+        after = events.last().map_or(after.max(1), |event| event.number);
+    }
+}
+
+async fn devices(client: &Client, output: Output) -> Result<(), Failure> {
+    let nodes = fetch(client).await?.nodes;
+    let devices: Vec<(String, DeviceInfo)> = nodes
+        .into_iter()
+        .flat_map(|node| node.devices.into_iter().map(move |device| (node.name.clone(), device)))
+        .collect();
+    match output {
+        Output::Json => {
+            #[derive(serde::Serialize)]
+            struct Listed<'a> {
+                node: &'a str,
+                #[serde(flatten)]
+                device: &'a DeviceInfo,
+            }
+            output::json(&devices.iter().map(|(node, device)| Listed { node, device }).collect::<Vec<_>>());
+        }
+        Output::Text => output::devices(&devices),
     }
     Ok(())
 }

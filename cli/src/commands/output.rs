@@ -1,7 +1,8 @@
 //! How results look.
 
 use super::Output;
-use crate::admin::api::{ClusterStatus, NodeStatus, PoolStatus, VolumeInfo};
+use crate::admin::api::{ClusterStatus, DeviceInfo, NodeStatus, PoolStatus, Problem, VolumeInfo};
+use crate::cluster::events::Event;
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use serde::Serialize;
@@ -88,6 +89,36 @@ pub(super) fn nodes(nodes: &[NodeStatus]) {
         vec![node.name.clone(), state, used, node.shards.to_string(), node.members.to_string()]
     };
     table(&["node", "state", "used", "shards", "journals"], &[2, 3, 4], nodes.iter().map(row).collect());
+}
+
+pub(super) fn problems(problems: &[Problem]) {
+    if problems.is_empty() {
+        line!("all is well");
+    }
+    for problem in problems {
+        line!("{} {}: {}", problem.severity.to_uppercase(), problem.code, problem.message);
+        line!("  {}", problem.advice);
+    }
+}
+
+/// With the time of day, in UTC: what happened is read beside logs.
+pub(super) fn event(event: &Event) {
+    let seconds = event.at_millis / 1000;
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    line!("{hour:02}:{minute:02}:{second:02}.{:03}Z  {}", event.at_millis % 1000, event.message);
+}
+
+pub(super) fn devices(devices: &[(String, DeviceInfo)]) {
+    let row = |(node, device): &(String, DeviceInfo)| {
+        let state = if device.failed { "failed" } else { "ok" };
+        vec![
+            device.id.clone(),
+            node.clone(),
+            state.to_owned(),
+            format!("{} of {}", format_bytes(device.used), format_bytes(device.capacity)),
+        ]
+    };
+    table(&["device", "node", "state", "used"], &[3], devices.iter().map(row).collect());
 }
 
 pub(super) fn node(node: &NodeStatus) {

@@ -82,8 +82,8 @@ pub enum Step {
     Meta(MetaQuery),
 }
 
-/// Longest reason that a client is told, in bytes: what the protocol allows for a string.
-const REASON_BYTES_MAX: usize = 4096;
+/// Longest reason that a client is told: the protocol allows strings of 4096 bytes.
+const REASON_CHARS_MAX: usize = 1000;
 
 /// Why an export is not shown.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -299,9 +299,9 @@ impl Handshake {
                 return bytes;
             }
             Err(Absent::Unavailable(why)) => {
+                let why: String = why.chars().take(REASON_CHARS_MAX).collect();
                 let text = format!("the export cannot be served now: {why}");
-                let end = text.floor_char_boundary(REASON_BYTES_MAX);
-                reply(&mut bytes, code, option_reply::ERR_UNKNOWN, text[..end].as_bytes());
+                reply(&mut bytes, code, option_reply::ERR_UNKNOWN, text.as_bytes());
                 return bytes;
             }
             Err(Absent::Shutdown) => {

@@ -43,11 +43,18 @@ async fn a_volume_outlives_the_host_that_serves_it() {
     read_all_back(&mut elsewhere, &ledger, "at n4, after n2 was killed").await;
     println!("served elsewhere after {:?}", killed.elapsed());
     assert_eq!(hosts.state(1, 2), "down");
+    let health = hosts.run(3, &["health"]);
+    assert!(health.code == 3 && health.stdout.contains("NODE_DOWN") && health.stdout.contains("n2"), "{health:?}");
+    let events = hosts.run(6, &["events"]).stdout;
+    let told = |kind: &str, what: &str| events.lines().any(|line| line.contains(kind) && line.contains(what));
+    assert!(told("node_state", "n2 was suspect and is down"), "{events}");
+    assert!(told("volume_served", "vm1 is served by n4"), "{events}");
     drop(elsewhere);
     write_some(hosts.dir(4), "vm1", &ledger, &mut random, 3, 16 << 20).await;
 
     hosts.restart(2);
     hosts.wait_until_whole(2, 60);
+    assert_eq!(hosts.run(1, &["health"]).code, 0);
     let mut back = guest(&hosts, 2).await;
     read_all_back(&mut back, &ledger, "at n2, which is back").await;
     hosts.stop();
