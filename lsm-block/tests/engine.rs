@@ -532,6 +532,56 @@ fn memory_of_changes_is_bounded_while_no_checkpoint_can_be_registered() {
     });
 }
 
+/// Found by processes on one machine: a host was wiped and came back, all seemed whole, and two later losses were one too many
+/// for the rows that were open when the first one happened.
+#[test]
+fn a_wiped_device_is_made_good_in_what_is_open_though_no_guest_asks_for_anything() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let env = OsRuntime::current();
+        let rig = Rig::new(&env, 1, Scheme::rs(4, 2).unwrap(), false, AckPolicy::Replicated);
+        let volume = rig.open_tuned(Tuning { idle_seal_after: Duration::from_secs(3600), ..Rig::tuning() }).await;
+        let large = Buf::copied(&vec![7; 512 << 10]);
+        let has_rows = async {
+            while volume.status().counters.row_bytes == 0 {
+                volume.write(0, large.clone(), false).await.expect("a write");
+            }
+        };
+        assert!(env.timeout(Duration::from_secs(10), has_rows).await.is_some(), "rows are opened");
+        volume.write(1 << 20, Buf::copied(&[8; BLOCK_BYTES as usize]), false).await.expect("a write");
+        volume.flush().await.expect("a flush");
+
+        let devices = rig.store.devices();
+        for &lost in &devices[..2] {
+            rig.store.lose(lost);
+            rig.store.start(lost);
+        }
+        let whole = async {
+            loop {
+                let status = volume.status();
+                let is_full = status.members.len() == status.members_wanted
+                    && !status.members.iter().any(|member| {
+                        // A device that was wiped is a member only of a set that was made since.
+                        devices[..2].contains(&member.device) && status.counters.set_changes == 0
+                    });
+                if is_full && status.counters.seals > 0 && status.segments_with_holes == 0 {
+                    return;
+                }
+                env.sleep(Duration::from_millis(20)).await;
+            }
+        };
+        assert!(env.timeout(Duration::from_secs(20), whole).await.is_some(), "{:?}", volume.status());
+        // Two more, as the scheme allows.
+        devices[2..4].iter().for_each(|&device| rig.store.stop(device));
+        for (offset, length, byte) in [(0, 512 << 10, 7), (1 << 20, BLOCK_BYTES, 8)] {
+            let read = env.timeout(Duration::from_secs(20), volume.read(offset, length)).await;
+            let pieces = read.expect("in time").expect("a read");
+            let right = |piece: &Piece| matches!(piece, Piece::Data(data) if data.iter().all(|&found| found == byte));
+            assert!(pieces.iter().all(right), "at {offset}");
+        }
+    });
+}
+
 /// Found by a simulated cluster: after one failed attempt a set with fewer members was never made larger again.
 #[test]
 fn a_set_with_fewer_members_grows_though_an_attempt_fails() {

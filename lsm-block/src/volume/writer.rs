@@ -305,6 +305,10 @@ impl Writer {
             Event::NodesChanged => {
                 self.watch_nodes();
                 self.look_after_holes();
+                // What is open may have lost a part that nobody asks for while guests are quiet: members are asked, and rows are
+                // sealed, which says what is missing and has it filled. The next losses then count from a whole volume.
+                self.confirm_set();
+                self.rotate_rows();
                 self.grow_pause = GROW_PAUSE;
                 self.grow_set();
                 self.reconcile_later();
