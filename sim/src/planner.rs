@@ -355,7 +355,8 @@ impl Planner {
                 continue;
             }
             let status = volume.status();
-            let is_whole = status.segments_with_holes == 0 && status.members.len() == status.members_wanted;
+            let is_whole =
+                status.segments_with_holes == 0 && !status.unchecked && status.members.len() == status.members_wanted;
             if self.world.meta.disagreement().is_some() {
                 continue;
             }

@@ -49,7 +49,7 @@ pub struct ClusterStatus {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
     /// What kind, for programs: `NODE_DOWN`, `NODE_SILENT`, `NODE_JOINING`, `DEVICE_FAILED`, `DEVICE_FULL`, `JOURNAL_SHORT`,
-    /// `POSITIONS_MISSING`, `POOL_STALLED`, `VOLUME_WAITS`.
+    /// `POSITIONS_MISSING`, `POSITIONS_UNCHECKED`, `POOL_STALLED`, `VOLUME_WAITS`, `METADATA_SILENT`.
     pub code: String,
     /// `warning` (served, with less redundancy or soon not) or `error` (some I/O waits or fails).
     pub severity: String,
@@ -168,6 +168,9 @@ pub struct EngineStatus {
     pub segments: usize,
     /// Of them with missing positions, being filled as nodes return.
     pub segments_with_holes: usize,
+    /// Nodes have changed, and what they hold is being compared with what they should hold.
+    #[serde(default)]
+    pub unchecked: bool,
     /// Segments open or being sealed.
     pub open_segments: usize,
     /// Memory of unregistered index entries.

@@ -7,8 +7,9 @@ use super::status::cluster_status;
 use crate::cluster::events::Event;
 use crate::cluster::{self, Cluster};
 use crate::error::ClusterError;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, Query, Request, State};
 use axum::http::StatusCode;
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, patch, post};
 use axum::{Json, Router};
@@ -110,7 +111,17 @@ fn router(admin: Admin) -> Router {
         .route("/v1/nodes/{name}/stop", post(stop_node))
         .route("/v1/nodes/{name}/start", post(start_node))
         .route("/metrics", get(metrics))
+        .layer(axum::middleware::from_fn_with_state(admin.clone(), catch_up))
         .with_state(admin)
+}
+
+/// Whoever changes something on one node and goes on on another one finds what it did. Without an answer of the metadata the
+/// change itself says so.
+async fn catch_up(State(admin): State<Admin>, request: Request, next: Next) -> Response {
+    if request.method() != axum::http::Method::GET {
+        admin.cluster.catch_up().await;
+    }
+    next.run(request).await
 }
 
 async fn status(State(admin): State<Admin>) -> Answer<super::api::ClusterStatus> {

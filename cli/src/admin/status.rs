@@ -16,7 +16,13 @@ pub async fn cluster_status(cluster: &dyn Cluster, nbd: &[String]) -> ClusterSta
     let (pools, volumes) = (pool_statuses(&facts), volume_infos(&facts));
     let now_millis = cluster.env().wall_millis();
     let mut problems = warnings(&nodes, &volumes, now_millis);
-    let errors = errors(&nodes, &pools, &volumes);
+    let mut errors = errors(&nodes, &pools, &volumes);
+    if !facts.metadata_answers {
+        let text =
+            "the metadata does not answer: too few of its voters are up; what is told here may be old".to_owned();
+        let advice = "bring nodes back: volumes that are served go on, and nothing can be moved or made until then";
+        errors.push(problem("METADATA_SILENT", "error", "metadata", text, advice));
+    }
     let health = match (errors.is_empty(), problems.is_empty()) {
         (false, _) => "stalled",
         (true, false) => "degraded",
@@ -110,6 +116,14 @@ fn warnings(nodes: &[NodeStatus], volumes: &[VolumeInfo], now_millis: u64) -> Ve
                 engine.segments_with_holes
             );
             warn("POSITIONS_MISSING", name, text, "bring nodes back, or replace those that are lost");
+        } else if engine.unchecked {
+            let text = format!("volume {name}: nodes have come or gone; what they hold is being compared");
+            warn(
+                "POSITIONS_UNCHECKED",
+                name,
+                text,
+                "wait some seconds: until then nobody knows whether anything is missing",
+            );
         }
     }
     found

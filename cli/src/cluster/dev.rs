@@ -328,7 +328,14 @@ impl DevCluster {
             report.add_volumes(&statuses, |id| self.clients(id));
             report
         });
-        Facts { view: self.view(), nodes, unplaced: unserved, io_backend: self.backend(), dir: self.dir().to_owned() }
+        Facts {
+            view: self.view(),
+            metadata_answers: true,
+            nodes,
+            unplaced: unserved,
+            io_backend: self.backend(),
+            dir: self.dir().to_owned(),
+        }
     }
 
     /// Hands volumes over, closes nodes and metadata.
@@ -546,6 +553,10 @@ impl Cluster for DevCluster {
     }
     fn view(&self) -> Arc<MetaState> {
         self.meta.view()
+    }
+    fn catch_up(&self) -> BoxFuture<'_, bool> {
+        // The only replica: its view is the truth.
+        Box::pin(std::future::ready(true))
     }
     fn events(&self) -> &Events {
         &self.events

@@ -14,6 +14,8 @@ use xsan_wire::node::{DeviceStatus, NodeApi};
 pub struct Facts {
     /// The metadata.
     pub view: Arc<MetaState>,
+    /// The metadata answers; else `view` may be old.
+    pub metadata_answers: bool,
     /// Every node that is not removed, in order.
     pub nodes: Vec<NodeFacts>,
     /// What the process tells that is no node's: the volumes of a process whose nodes are all stopped.
@@ -148,6 +150,7 @@ fn engine_status(status: &VolumeStatus) -> EngineStatus {
         members_wanted: status.members_wanted,
         segments: status.segments,
         segments_with_holes: status.segments_with_holes,
+        unchecked: status.unchecked,
         open_segments: status.open_segments,
         delta_bytes: status.delta_bytes,
         reads: counters.reads,

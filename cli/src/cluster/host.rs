@@ -34,6 +34,8 @@ use xsan_wire::{Server, ServiceId, Services};
 const ASK_EVERY: Duration = Duration::from_secs(10);
 /// Until a proposal that was not answered is made again.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
+/// How long a command or a look waits for the newest metadata.
+const CATCH_UP_FOR: Duration = Duration::from_secs(1);
 /// How long requests of other nodes may take to end at shutdown.
 const STOP_FOR: Duration = Duration::from_secs(5);
 
@@ -155,6 +157,7 @@ impl Host {
         let mut tasks = vec![
             self.env.spawn("nodes", async move { server.serve(listener).await }),
             self.env.spawn("metadata", follow(Arc::clone(self))),
+            self.env.spawn("registers", follow_registers(Arc::clone(self))),
             self.env.spawn(
                 "events",
                 events::follow(self.env.clone(), Arc::clone(&self.consensus), Arc::clone(&self.events)),
@@ -272,7 +275,7 @@ impl Host {
     ///
     /// # Errors
     /// No majority answers.
-    pub async fn catch_up(&self) -> Result<Arc<MetaState>, ClusterError> {
+    pub async fn newest_view(&self) -> Result<Arc<MetaState>, ClusterError> {
         self.consensus.read_barrier().await?;
         Ok(self.view())
     }
@@ -335,6 +338,7 @@ impl Host {
 
     /// Everything about the cluster, asked of all nodes that should answer.
     pub async fn facts(&self) -> Facts {
+        let metadata_answers = Cluster::catch_up(self).await;
         let view = self.view();
         let present = view.nodes.values().filter(|node| node.state != NodeState::Removed);
         let asked = present.map(|node| async {
@@ -350,14 +354,22 @@ impl Host {
             }
         });
         let nodes = futures::future::join_all(asked).await;
-        Facts { view: Arc::clone(&view), nodes, unplaced: None, io_backend: self.backend(), dir: self.dir.clone() }
+        Facts {
+            view: Arc::clone(&view),
+            metadata_answers,
+            nodes,
+            unplaced: None,
+            io_backend: self.backend(),
+            dir: self.dir.clone(),
+        }
     }
 
     /// Hands volumes over, tells the leader, and ends.
     pub async fn close(&self) {
         self.give_volumes_up().await;
-        self.send_beat(true);
         self.hand_lead_over().await;
+        // To whoever leads now.
+        self.send_beat(true);
         for task in self.tasks.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             task.abort();
         }
@@ -395,6 +407,9 @@ impl Cluster for Host {
     }
     fn view(&self) -> Arc<MetaState> {
         self.group.view()
+    }
+    fn catch_up(&self) -> BoxFuture<'_, bool> {
+        Box::pin(async { matches!(self.env.timeout(CATCH_UP_FOR, self.consensus.read_barrier()).await, Some(Ok(_))) })
     }
     fn events(&self) -> &Events {
         &self.events
@@ -482,7 +497,6 @@ fn services(
 /// Does what a changed metadata asks of this node.
 async fn follow(host: Arc<Host>) {
     let mut applied = host.group.subscribe();
-    let mut told: BTreeMap<VolumeId, RegisterView> = BTreeMap::new();
     let mut served = None;
     loop {
         applied.borrow_and_update();
@@ -497,7 +511,19 @@ async fn follow(host: Arc<Host>) {
             host.map_changed.notify_one();
         }
         host.fence(&view).await;
-        tell_registers(&host, &view, &mut told).await;
+        if applied.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Tells this process's storage node of registers. Apart from everything else: its disks may hang while the process serves volumes.
+async fn follow_registers(host: Arc<Host>) {
+    let mut applied = host.group.subscribe();
+    let mut told: BTreeMap<VolumeId, RegisterView> = BTreeMap::new();
+    loop {
+        applied.borrow_and_update();
+        tell_registers(&host, &host.view(), &mut told).await;
         if applied.changed().await.is_err() {
             return;
         }

@@ -48,6 +48,9 @@ pub trait Cluster: Send + Sync + 'static {
     fn registry(&self) -> &Registry;
     /// The metadata now.
     fn view(&self) -> Arc<MetaState>;
+    /// Waits until the view holds everything that was answered to anybody before; `false`: the metadata does not answer in time,
+    /// and the view may be old.
+    fn catch_up(&self) -> BoxFuture<'_, bool>;
     /// What happened, as this process learned it.
     fn events(&self) -> &Events;
     /// Proposes a metadata command.

@@ -45,7 +45,7 @@ impl Host {
     /// # Errors
     /// No such volume; why the take-over failed.
     pub async fn attach(&self, name: &str) -> Result<Arc<Attached>, ClusterError> {
-        let view = self.catch_up().await?;
+        let view = self.newest_view().await?;
         let id = self.find(&view, name)?;
         if let Some(attached) = self.volumes().serving(id) {
             attached.pin();
@@ -71,7 +71,7 @@ impl Host {
         // A volume made on another node a moment ago may not be known here yet.
         let view = match self.view().volume_named(name) {
             Some(_) => self.view(),
-            None => self.catch_up().await?,
+            None => self.newest_view().await?,
         };
         let id = self.find(&view, name)?;
         if let Some(attached) = self.volumes().serving(id) {
@@ -176,7 +176,7 @@ impl Host {
     /// # Errors
     /// Its owner refused or does not answer.
     pub async fn resize(&self, name: &str, size: u64) -> Result<(), ClusterError> {
-        let view = self.catch_up().await?;
+        let view = self.newest_view().await?;
         let id = self.find(&view, name)?;
         let Some(owner) = self.other_owner(&view, id).filter(|_| self.volumes().serving(id).is_none()) else {
             let attached = self.open_for_client(name).await?;
@@ -206,7 +206,7 @@ impl Host {
     /// # Errors
     /// It has clients, unless `force`; those of the register.
     pub async fn delete_volume(&self, name: &str, force: bool) -> Result<(), ClusterError> {
-        let view = self.catch_up().await?;
+        let view = self.newest_view().await?;
         let id = self.find(&view, name)?;
         let pool = view.volume(id).map(|volume| volume.pool).ok_or_else(|| ClusterError::NoVolume(name.to_owned()))?;
         let in_use = |clients| ClusterError::InUse { name: name.to_owned(), clients };
@@ -282,7 +282,7 @@ impl Exports for HostExports {
         Box::pin(async move {
             if host.view().volume_named(&name).is_none() {
                 // Made elsewhere a moment ago, perhaps; without an answer it is unknown here.
-                let _ = host.env().timeout(Duration::from_secs(1), host.catch_up()).await;
+                let _ = host.env().timeout(Duration::from_secs(1), host.newest_view()).await;
             }
             volume_info(&host.view(), &name, transport)
         })

@@ -3,6 +3,7 @@
 use crate::error::ClusterError;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use xsan_env::os_disk::{DiskOptions, IoDriver};
 use xsan_env::{BufPool, Disk, Env};
 use xsan_node::{DeviceHandle, DeviceIdentity, FjallIndex, Node, NodeConfig, NodeOpenError};
@@ -106,17 +107,29 @@ pub fn share_of_space(dir: &Path, of: usize) -> Result<u64, ClusterError> {
     Ok((free / 10 * 8 / of as u64).max(DEVICE_BYTES_MIN) / (1 << 20) * (1 << 20))
 }
 
+/// How long a lock is waited for: a process that was just killed holds it until the kernel has ended its disk requests.
+const LOCK_FOR: Duration = Duration::from_secs(3);
+const LOCK_AGAIN: Duration = Duration::from_millis(50);
+
 /// Makes a directory and locks it for this process.
 ///
 /// # Errors
 /// `Busy`: another process has it.
 pub async fn lock_directory(env: &Env, dir: &Path) -> Result<std::fs::File, ClusterError> {
-    let path = dir.to_owned();
-    let locked = env.blocking(move || try_lock(&path)).await;
-    locked.map_err(|error| match error.kind() {
-        std::io::ErrorKind::WouldBlock => ClusterError::Busy(dir.to_owned()),
-        _ => ClusterError::Io { what: format!("cannot use {}", dir.display()), source: error },
-    })
+    let until = env.now().after(LOCK_FOR);
+    loop {
+        let path = dir.to_owned();
+        match env.blocking(move || try_lock(&path)).await {
+            Ok(lock) => return Ok(lock),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                if env.now() >= until {
+                    return Err(ClusterError::Busy(dir.to_owned()));
+                }
+                env.sleep(LOCK_AGAIN).await;
+            }
+            Err(source) => return Err(ClusterError::Io { what: format!("cannot use {}", dir.display()), source }),
+        }
+    }
 }
 
 fn try_lock(dir: &Path) -> std::io::Result<std::fs::File> {

@@ -10,6 +10,7 @@
 use super::writer::{Event, Grave, Writer};
 use crate::store::StoreError;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use xsan_types::{DeviceId, SegmentName, ShardId, ShardIndex};
 
@@ -73,6 +74,8 @@ impl Writer {
             self.note_missing();
             if std::mem::take(&mut self.reconcile.again) {
                 self.reconcile_later();
+            } else {
+                self.shared.unchecked.store(false, Ordering::Relaxed);
             }
             return;
         };

@@ -215,6 +215,9 @@ pub struct VolumeStatus {
     pub segments: usize,
     /// Of them sealed with missing positions.
     pub segments_with_holes: usize,
+    /// Nodes have changed, and what they hold has not been compared with what they should hold since: positions may be missing that
+    /// are not counted.
+    pub unchecked: bool,
     /// Segments open or being sealed.
     pub open_segments: usize,
     /// Memory of the index delta.
@@ -255,6 +258,8 @@ pub(super) struct Shared {
     waker: AtomicWaker,
     /// Set by a reader that found a member silent or closed; the writer looks at it.
     suspects: Mutex<Vec<MemberRef>>,
+    /// See [`VolumeStatus::unchecked`].
+    pub unchecked: AtomicBool,
 }
 
 impl Shared {
@@ -279,6 +284,7 @@ impl Shared {
             reads_paused: AtomicBool::new(false),
             waker: AtomicWaker::new(),
             suspects: Mutex::new(Vec::new()),
+            unchecked: AtomicBool::new(false),
         })
     }
 
@@ -386,6 +392,7 @@ impl Shared {
             members_wanted: self.store.set_size(),
             segments: self.index.segment_count(),
             segments_with_holes: self.index.hole_count(),
+            unchecked: self.unchecked.load(Ordering::Relaxed),
             open_segments: self.open.lock().expect("open lock").len(),
             delta_bytes: self.index.delta_bytes(),
             counters: self.counters.snapshot(),

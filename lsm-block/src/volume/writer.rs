@@ -304,6 +304,7 @@ impl Writer {
             }
             Event::NodesChanged => {
                 self.watch_nodes();
+                self.shared.unchecked.store(true, Ordering::Relaxed);
                 self.look_after_holes();
                 // What is open may have lost a part that nobody asks for while guests are quiet: members are asked, and rows are
                 // sealed, which says what is missing and has it filled. The next losses then count from a whole volume.

@@ -128,6 +128,35 @@ async fn all_processes_killed_at_once_lose_nothing_that_was_acknowledged() {
     hosts.stop();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_majority_io_waits_and_status_says_why() {
+    let mut random = Random::of_test();
+    let mut hosts = Hosts::started(3);
+    hosts.ok(1, &["volume", "create", "vm1", "--size", "65MiB"]);
+    let ledger = ledger();
+    write_some(hosts.dir(1), "vm1", &ledger, &mut random, 2, 16 << 20).await;
+    let mut guest = guest(&hosts, 1).await;
+    hosts.kill(2);
+    hosts.kill(3);
+    let waiting = tokio::spawn(async move {
+        let done = guest.write(VOLUME_BYTES, &[5; 4096], 0).await;
+        (guest, done)
+    });
+    eventually(10, "the cluster says what it waits for", || {
+        let health = hosts.run(1, &["health"]);
+        let told = health.code == 3 && health.stdout.contains("METADATA_SILENT");
+        if told { Ok(()) } else { Err(format!("{health:?}")) }
+    });
+    assert_eq!(hosts.ok(1, &["status"])["health"], "stalled");
+    assert!(!waiting.is_finished(), "one of three is too few to acknowledge");
+    hosts.restart(2);
+    hosts.restart(3);
+    let (mut guest, done) = within(60, "the write goes on", waiting).await.expect("the writer");
+    done.expect("the write goes on by itself");
+    read_all_back(&mut guest, &ledger, "after two of three were away").await;
+    hosts.wait_until_whole(3, 60);
+}
+
 /// A setting of a node.
 fn setting(hosts: &Hosts, node: usize, name: &str) -> String {
     let text = std::fs::read_to_string(hosts.dir(node).join("xsan.toml")).expect("settings");
