@@ -2,7 +2,7 @@
 //!
 //! Everything above asks an [`Env`] for these and for nothing else, so that the same node, pool, volume and metadata
 //! code runs on an operating system and, from one seed, in the simulator. Reading order: [`runtime`], [`buf`], [`disk`],
-//! [`mod@file`], [`net`], [`metrics`]; then what stands behind them: [`os`], [`os_disk`], [`memory`].
+//! [`mod@file`], [`net`], [`addresses`], [`metrics`]; then what stands behind them: [`os`], [`os_disk`], [`memory`].
 
 #![allow(
     clippy::disallowed_methods,
@@ -10,9 +10,12 @@
     reason = "this crate is where the calls banned elsewhere live"
 )]
 
+pub mod addresses;
 pub mod buf;
 pub mod disk;
 pub mod error;
+#[cfg(any(test, feature = "faults"))]
+pub mod faults;
 pub mod file;
 pub mod memory;
 pub mod metrics;

@@ -22,7 +22,10 @@ impl OsRuntime {
     /// # Errors
     /// When the kernel does not tell a boot id (no /proc): without one, P3 cannot tell a restart from a power loss.
     pub fn new(handle: Handle) -> io::Result<Self> {
-        Ok(Self { handle, boot_id: read_boot_id()? })
+        let boot_id = read_boot_id()?;
+        #[cfg(any(test, feature = "faults"))]
+        let boot_id = crate::faults::Faults::of_process().map_or(boot_id, |faults| faults.boot_id(boot_id));
+        Ok(Self { handle, boot_id })
     }
 
     /// A world that claims another boot id: tests of what happens after a restart of the host.
@@ -107,12 +110,18 @@ impl Drop for PanicNote {
 
 impl Runtime for OsRuntime {
     fn now(&self) -> Moment {
-        Moment(boot_time_nanos())
+        let nanos = boot_time_nanos();
+        #[cfg(any(test, feature = "faults"))]
+        let nanos = crate::faults::Faults::of_process().map_or(nanos, |faults| faults.now(nanos));
+        Moment(nanos)
     }
 
     fn wall_millis(&self) -> u64 {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+        let millis = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+        #[cfg(any(test, feature = "faults"))]
+        let millis = crate::faults::Faults::of_process().map_or(millis, |faults| faults.wall_millis(millis));
+        millis
     }
 
     fn random(&self) -> u64 {
@@ -140,6 +149,8 @@ impl Runtime for OsRuntime {
 
     fn sleep_until(&self, at: Moment) -> BoxFuture<'static, ()> {
         let wait = at.since(self.now());
+        #[cfg(any(test, feature = "faults"))]
+        let wait = crate::faults::Faults::of_process().map_or(wait, |faults| faults.real_time(wait));
         let _context = self.handle.enter();
         Box::pin(tokio::time::sleep(wait))
     }

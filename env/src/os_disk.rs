@@ -92,8 +92,15 @@ impl IoDriver {
     /// `ResourceBusy` when another process (or another handle of this one) has it, `NotFound` without `create_bytes`,
     /// and those of the operating system.
     pub async fn open_disk(&self, options: DiskOptions) -> io::Result<Arc<dyn Disk>> {
+        #[cfg(any(test, feature = "faults"))]
+        let path = options.path.clone();
         let file = DiskFile::open(&self.env, options).await?;
-        Ok(Arc::new(OsDisk { file: Arc::new(file), engine: self.engine.clone() }))
+        let disk: Arc<dyn Disk> = Arc::new(OsDisk { file: Arc::new(file), engine: self.engine.clone() });
+        #[cfg(any(test, feature = "faults"))]
+        if let Some(faults) = crate::faults::Faults::of_process() {
+            return crate::faults::HeldDisk::open(&self.env, faults, disk, &path).await;
+        }
+        Ok(disk)
     }
 }
 

@@ -14,13 +14,13 @@ pub use registers::{MemoryRegisters, RegisterFault};
 
 use crate::store::{Check, Holes, NewMember, RowWriter, SegmentRead, SegmentStore, StoreError, StoreResult};
 use devices::{Device, Random, State};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use xsan_env::{Buf, Env};
 use xsan_types::{
-    BLOCK_BYTES, ClosedMember, DeviceId, FlushRequest, Generation, MemberRef, PgId, PoolId, RegisterView,
+    BLOCK_BYTES, ClosedMember, DeviceId, Epoch, FlushRequest, Generation, MemberRef, PgId, PoolId, RegisterView,
     SEGMENT_BYTES_MAX, Scheme, SealedSegment, SegmentName, SetId, ShardId, ShardIndex, VolumeId, crc32c,
 };
 
@@ -107,6 +107,11 @@ impl MemoryStore {
             registers: None,
             incarnations: u64::from(config.devices),
             random: Random(config.seed),
+            leaving: BTreeSet::new(),
+            unreadable: BTreeMap::new(),
+            before: BTreeMap::new(),
+            epoch: 1,
+            fills: 0,
         };
         Self(Arc::new(Inner {
             config,
@@ -162,6 +167,46 @@ impl MemoryStore {
     /// The device is gone with everything on it. [`MemoryStore::start`] brings an empty one back under the same identity.
     pub fn lose(&self, device: DeviceId) {
         self.change(|state| state.lose(device));
+    }
+
+    /// From `offset` on nothing of a replica on this device can be read any more: bad sectors.
+    pub fn set_unreadable(&self, device: DeviceId, offset: u64) {
+        self.change(|state| state.unreadable.insert(device, offset));
+    }
+
+    /// Whether a device is being emptied: it carries no new members.
+    pub fn set_leaving(&self, device: DeviceId, leaving: bool) {
+        self.change(|state| if leaving { state.leaving.insert(device) } else { state.leaving.remove(&device) });
+    }
+
+    /// A position of all groups moves: its shards are still at the device that comes so many places after its own. `None`: the move is
+    /// done, and they are at their places.
+    pub fn move_position(&self, index: ShardIndex, behind: Option<usize>) {
+        self.change(|state| {
+            for group in 0..state.groups() {
+                let at =
+                    behind.map(|behind| state.order[(group as usize + index.0 as usize + behind) % state.order.len()]);
+                match at {
+                    Some(device) => state.before.insert((group, index.0), device),
+                    None => state.before.remove(&(group, index.0)),
+                };
+            }
+        });
+    }
+
+    /// A position of all groups has lost its shards, wherever they were.
+    pub fn lose_position(&self, index: ShardIndex) {
+        self.change(|state| {
+            for sealed in state.segments.values_mut() {
+                sealed.shards.remove(&index);
+            }
+        });
+    }
+
+    /// How often holes were to be filled.
+    #[must_use]
+    pub fn fills(&self) -> u64 {
+        self.state().fills
     }
 
     /// Flips a bit of every copy of a sealed segment.
@@ -239,8 +284,12 @@ impl MemoryStore {
         self.0.state.lock().expect("state lock")
     }
 
-    fn change(&self, change: impl FnOnce(&mut State)) {
-        change(&mut self.state());
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) {
+        {
+            let mut state = self.state();
+            change(&mut state);
+            state.epoch += 1;
+        }
         self.0.changes.send_modify(|count| *count += 1);
     }
 
@@ -334,7 +383,7 @@ impl SegmentStore for MemoryStore {
         let count = state.order.len();
         let chosen: Vec<_> = (0..count)
             .map(|i| state.order[(volume.0 as usize + i) % count])
-            .filter(|device| state.device(*device).up && !avoid.contains(device))
+            .filter(|device| state.device(*device).up && !state.leaving.contains(device) && !avoid.contains(device))
             .take(wanted)
             .collect();
         if chosen.len() < needed { Err(StoreError::TooFew { found: chosen.len(), needed }) } else { Ok(chosen) }
@@ -395,6 +444,12 @@ impl SegmentStore for MemoryStore {
             Box::new(move |state| {
                 let member = state.device(device).members.get(&(volume, set)).ok_or(StoreError::NotFound)?;
                 let replica = member.replicas.get(&segment).ok_or(StoreError::NotFound)?;
+                let end = offset + u64::from(length);
+                let unreadable = state.unreadable.get(&device).is_some_and(|&from| end > from);
+                // As nodes do: whole sectors, and none that the disk cannot give.
+                if unreadable || !offset.is_multiple_of(state.sector) || !end.is_multiple_of(state.sector) {
+                    return Err(StoreError::Internal);
+                }
                 Ok(replica.read(offset, length))
             }),
         )
@@ -475,6 +530,19 @@ impl SegmentStore for MemoryStore {
     fn devices(&self) -> Vec<DeviceId> {
         let state = self.state();
         state.order.iter().copied().filter(|device| state.device(*device).up).collect()
+    }
+
+    fn positions_before(&self, pg: PgId) -> Vec<Option<DeviceId>> {
+        let state = self.state();
+        (0..state.scheme.width()).map(|index| state.before.get(&(pg.index, index as u8)).copied()).collect()
+    }
+
+    fn is_leaving(&self, device: DeviceId) -> bool {
+        self.state().leaving.contains(&device)
+    }
+
+    fn map_epoch(&self) -> Epoch {
+        Epoch(self.state().epoch)
     }
 
     fn list(&self, device: DeviceId, volume: VolumeId, after: Option<ShardId>) -> StoreResult<Vec<ShardId>> {

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use xsan_env::Buf;
 use xsan_env::runtime::BoxFuture;
 use xsan_types::{
-    ChangeToken, ClosedMember, Crc32c, DeviceId, ErrorKind, FlushRequest, Generation, Incarnation, MemberRef, PgId,
-    Register, RegisterChange, RegisterError, RegisterView, SealedSegment, SegmentName, SetId, ShardId, ShardIndex,
-    VolumeId,
+    ChangeToken, ClosedMember, Crc32c, DeviceId, Epoch, ErrorKind, FlushRequest, Generation, Incarnation, MemberRef,
+    PgId, Register, RegisterChange, RegisterError, RegisterView, SealedSegment, SegmentName, SetId, ShardId,
+    ShardIndex, VolumeId,
 };
 
 /// Result of a store call.
@@ -187,6 +187,15 @@ pub trait SegmentStore: Send + Sync + 'static {
 
     /// Devices of a group's positions, in order; `None` where there is none.
     fn positions(&self, pg: PgId) -> Vec<Option<DeviceId>>;
+
+    /// Where positions were before they moved; `None` where one does not move, or was not there (P11).
+    fn positions_before(&self, pg: PgId) -> Vec<Option<DeviceId>>;
+
+    /// Whether journal members should leave a device: it is being emptied, or not of this pool any more.
+    fn is_leaving(&self, device: DeviceId) -> bool;
+
+    /// Version of the map.
+    fn map_epoch(&self) -> Epoch;
 
     /// Devices that can be asked what they hold.
     fn devices(&self) -> Vec<DeviceId>;

@@ -8,6 +8,7 @@ use crate::flush::FlushGate;
 use crate::format::{Extent, LogRecord, SHARD_HEADER_BYTES, ShardEntry, Superblock, UNIT, Unreadable};
 use crate::log::{Log, read_superblock};
 use crate::node::DeviceHandle;
+use crate::places::Places;
 use crate::shard_index::{IndexResult, ShardIndex};
 use crate::state::{IndexChange, State, map_range};
 use hashbrown::HashMap;
@@ -58,6 +59,8 @@ pub(crate) struct Inner {
     pub(crate) space: Allocator,
     /// The newest generation each volume was closed for, in memory only: a restart closes all members anyway (H1).
     pub(crate) closed_below: BTreeMap<VolumeId, Generation>,
+    /// Whose positions are whose (P11).
+    pub(crate) places: Places,
     locations: Locations,
     /// Records whose effect is in `state` already, in the order of that; the next log frame begins with them. Several
     /// growths of one replica run at a time: read back in another order, its bytes would be found in the wrong places.
@@ -175,6 +178,7 @@ impl Device {
             state,
             space,
             closed_below: BTreeMap::new(),
+            places: Places::default(),
             locations: Locations::default(),
             unlogged: Vec::new(),
             index_changes: 0,
@@ -472,6 +476,7 @@ impl Device {
                     }
                     LogRecord::SegmentsFreed { segments } if segments.contains(&shard.segment) => return Ok(None),
                     LogRecord::VolumeFreed { volume } if *volume == shard.segment.volume => return Ok(None),
+                    LogRecord::ShardsFreed { shards } if shards.contains(&shard) => return Ok(None),
                     _ => {}
                 }
             }
@@ -572,6 +577,7 @@ fn build_space(
                     index.remove(&shards)?;
                 }
             }
+            IndexChange::Shards(shards) => index.remove(&shards)?,
             IndexChange::Volume(volume) => loop {
                 let page = index.volume_page(volume, None, 1024)?;
                 if page.is_empty() {

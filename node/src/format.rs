@@ -156,6 +156,8 @@ pub enum LogRecord {
     OpenShardGrew { shard: ShardId, boot: u128, incarnation: Incarnation, extents: Vec<Extent> },
     /// An open shard is given up.
     OpenShardFreed { shard: ShardId },
+    /// Sealed shards are free: their positions belong to other devices (P11).
+    ShardsFreed { shards: Vec<ShardId> },
 }
 
 /// Where a sealed shard lies: its header, then its bytes, over the extents in order.

@@ -5,16 +5,19 @@ use crate::device::Device;
 use crate::error::NodeOpenError;
 use crate::format::{DEVICE_BYTES_MIN, Superblock, Unreadable};
 use crate::log::{read_superblock, write_superblocks};
+use crate::places::Assignment;
 use crate::shard_index::ShardIndex;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError, RwLock};
 use xsan_env::{Buf, BufPool, Disk, Env};
 use xsan_types::{
-    ClosedMember, ClusterId, DeviceId, FlushRequest, Generation, Incarnation, MemberRef, NodeId, RegisterView,
+    ClosedMember, ClusterId, DeviceId, Epoch, FlushRequest, Generation, Incarnation, MemberRef, NodeId, RegisterView,
     SealedSegment, SegmentName, SetId, ShardId, VolumeId,
 };
-use xsan_wire::node::{CreateMember, CreatedMember, DeviceStatus, NodeApi, NodeError, NodeResult, PutShard, ShardInfo};
+use xsan_wire::node::{
+    CreateMember, CreatedMember, DeviceStatus, HoldShard, NodeApi, NodeError, NodeResult, PutShard, ShardInfo,
+};
 
 /// What a device is told when it is formatted.
 #[derive(Clone, Copy, Debug)]
@@ -53,9 +56,10 @@ impl NodeConfig {
 
 /// A running storage node. Dropping it without [`Node::close`] is a crash of its process.
 pub struct Node {
-    id: NodeId,
     env: Env,
-    devices: BTreeMap<DeviceId, Arc<Device>>,
+    config: NodeConfig,
+    incarnation: Incarnation,
+    devices: RwLock<BTreeMap<DeviceId, Arc<Device>>>,
 }
 
 impl Node {
@@ -99,25 +103,86 @@ impl Node {
     /// [`NodeOpenError`]; nothing was changed on the device.
     pub async fn open(env: &Env, config: NodeConfig, devices: Vec<DeviceHandle>) -> Result<Arc<Self>, NodeOpenError> {
         let incarnation = Incarnation(env.random().max(1));
-        let mut opened = BTreeMap::new();
+        let node = Self { env: env.clone(), config, incarnation, devices: RwLock::default() };
         for handle in devices {
-            let device = Device::open(env, handle, config.cluster, incarnation, config.buffers.clone()).await?;
-            opened.insert(device.id, device);
+            node.add_device(handle).await?;
         }
-        Ok(Arc::new(Self { id: config.node, env: env.clone(), devices: opened }))
+        Ok(Arc::new(node))
+    }
+
+    /// Opens one more device.
+    ///
+    /// # Errors
+    /// [`NodeOpenError`]; nothing was changed on the device.
+    pub async fn add_device(&self, handle: DeviceHandle) -> Result<DeviceId, NodeOpenError> {
+        let Self { env, config, incarnation, .. } = self;
+        let device = Device::open(env, handle, config.cluster, *incarnation, config.buffers.clone()).await?;
+        let id = device.id;
+        self.devices.write().unwrap_or_else(PoisonError::into_inner).insert(id, device);
+        Ok(id)
+    }
+
+    /// Lets a device go: calls to it find nothing from now on.
+    pub async fn remove_device(&self, id: DeviceId) {
+        let removed = self.devices.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        if let Some(device) = removed {
+            device.dead.store(true, Ordering::Release);
+            device.quiesce().await;
+        }
+    }
+
+    fn all(&self) -> Vec<Arc<Device>> {
+        self.devices.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Which device a disk is, and whether it was never opened; `None`: none that can be read.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub async fn identify(disk: &Arc<dyn Disk>) -> std::io::Result<Option<(DeviceIdentity, bool)>> {
+        let block = read_superblock(disk, &BufPool::new(0, 0)).await?;
+        Ok(block.ok().map(|block| {
+            let Superblock { cluster, node, device, log_epoch, .. } = block;
+            (DeviceIdentity { cluster, node, device }, log_epoch == 1)
+        }))
     }
 
     /// Its identity.
     #[must_use]
     pub fn id(&self) -> NodeId {
-        self.id
+        self.config.node
+    }
+
+    /// Tells the node whose positions are whose; older maps than the one it knows change nothing.
+    pub fn set_map(&self, map: &Arc<dyn Assignment>) {
+        for device in self.all() {
+            device.set_map(Arc::clone(map));
+        }
+    }
+
+    /// Waits until no shard can come any more that was let in under an older map; answers the shards that were still open in
+    /// positions of others: they are listed once they are sealed. Also those that nobody can finish any more: until they are freed,
+    /// whoever recovers their volume looks for them here.
+    ///
+    /// # Errors
+    /// Not a device of this node.
+    pub async fn settle(&self, device: DeviceId) -> Result<Vec<ShardId>, NodeError> {
+        Ok(self.device(device)?.settle().await)
+    }
+
+    /// Frees shards that are at their places elsewhere (RFC 0006, rule 4). `epoch`: of the map by which that was found.
+    ///
+    /// # Errors
+    /// `StaleEpoch`: a put under a newer map has come since; nothing was freed.
+    pub fn free_misplaced(&self, device: DeviceId, shards: Vec<ShardId>, epoch: Epoch) -> NodeResult<()> {
+        self.on(device, |device| device.free_misplaced(shards, epoch))
     }
 
     /// What it did since it was opened.
     #[must_use]
     pub fn counters(&self) -> NodeCounters {
         let mut sum = NodeCounters::default();
-        for device in self.devices.values() {
+        for device in self.all() {
             device.counters.add_to(&mut sum);
         }
         sum
@@ -125,7 +190,7 @@ impl Node {
 
     /// Stops taking calls and flushes everything.
     pub async fn close(&self) {
-        for device in self.devices.values() {
+        for device in self.all() {
             device.quiesce().await;
             // A failed device has said so already.
             let _ = device.flush().await;
@@ -138,27 +203,28 @@ impl Node {
     /// As a crash of the process: nothing is answered from now on. Returns when the device writes that were under way
     /// have ended (the kernel ends them after a real crash, too), so that another process can open the devices.
     pub async fn kill(&self) {
-        for device in self.devices.values() {
+        for device in self.all() {
             device.dead.store(true, Ordering::Release);
             device.quiesce().await;
         }
     }
 
-    fn device(&self, id: DeviceId) -> Result<&Arc<Device>, NodeError> {
-        self.devices.get(&id).ok_or(NodeError::NotFound)
+    fn device(&self, id: DeviceId) -> Result<Arc<Device>, NodeError> {
+        let devices = self.devices.read().unwrap_or_else(PoisonError::into_inner);
+        devices.get(&id).cloned().ok_or(NodeError::NotFound)
     }
 
     /// Calls one device; refuses an unknown one.
     fn on<T: Send + 'static>(&self, id: DeviceId, call: impl FnOnce(&Arc<Device>) -> NodeResult<T>) -> NodeResult<T> {
         match self.device(id) {
-            Ok(device) => call(device),
+            Ok(device) => call(&device),
             Err(error) => Box::pin(async move { Err(error) }),
         }
     }
 
     /// Calls all devices, one after the other; the first error wins, all are called.
     fn on_all(&self, call: impl Fn(Arc<Device>) -> NodeResult<()> + Send + 'static) -> NodeResult<()> {
-        let devices: Vec<Arc<Device>> = self.devices.values().cloned().collect();
+        let devices = self.all();
         crate::finish::spawned(&self.env, async move {
             let mut outcome = Ok(());
             for device in devices {
@@ -171,7 +237,7 @@ impl Node {
 
 impl NodeApi for Node {
     fn devices(&self) -> NodeResult<Vec<DeviceStatus>> {
-        let statuses = self.devices.values().map(|device| device.status()).collect();
+        let statuses = self.all().iter().map(|device| device.status()).collect();
         Box::pin(async move { Ok(statuses) })
     }
 
@@ -222,6 +288,10 @@ impl NodeApi for Node {
 
     fn put_shard(&self, request: PutShard) -> NodeResult<()> {
         self.on(request.device, |device| device.put_shard(request))
+    }
+
+    fn hold_shard(&self, request: HoldShard) -> NodeResult<()> {
+        self.on(request.device, |device| device.hold_shard(request))
     }
 
     fn read_shard(&self, device: DeviceId, shard: ShardId, offset: u64, length: u32) -> NodeResult<Buf> {

@@ -4,11 +4,12 @@ use crate::counters::count;
 use crate::device::{Device, Running};
 use crate::finish::{Finish, spawned};
 use crate::format::{LogRecord, SHARD_HEADER_BYTES, ShardEntry};
+use crate::places::Put;
 use crate::state::{Growing, OpenShard, map_range};
 use std::sync::Arc;
 use xsan_env::Buf;
-use xsan_types::{Incarnation, SEGMENT_BYTES_MAX, SegmentName, ShardId, VolumeId};
-use xsan_wire::node::{NodeError, NodeResult, PutShard, ShardInfo};
+use xsan_types::{Epoch, Incarnation, SEGMENT_BYTES_MAX, SegmentName, ShardId, VolumeId};
+use xsan_wire::node::{HoldShard, NodeError, NodeResult, PutShard, ShardInfo};
 
 /// Open shards grow by at least this.
 const GROWTH_BYTES: u64 = 1 << 20;
@@ -30,13 +31,19 @@ impl Device {
             if bytes == 0 || !bytes.is_multiple_of(4096) || bytes > SEGMENT_BYTES_MAX {
                 return Err(NodeError::Invalid);
             }
+            let _put = device.admit_put(request.shard, request.epoch)?;
             if let Some(known) = device.locate(request.shard).await?
                 && known.hash == request.hash
                 && known.bytes == bytes
                 && device.is_whole(&known).await?
             {
                 // The call that put it may still be waiting for its flush.
-                return device.flush().await;
+                device.flush().await?;
+                let _tenancy = device.tenancy.lock().await;
+                if device.locate(request.shard).await?.is_some_and(|now| now.allocation == known.allocation) {
+                    return Ok(());
+                }
+                // Freed since, as somebody else's (P11): written anew.
             }
             let entry = {
                 let mut inner = device.lock();
@@ -120,7 +127,7 @@ impl Device {
                     map_range(&extents, HEADER + offset, length.into()).ok_or(NodeError::NotFound)?
                 }
                 None => {
-                    let entry = device.locate(shard).await?.ok_or(NodeError::NotFound)?;
+                    let entry = device.locate(shard).await?.ok_or_else(|| device.absent(shard))?;
                     Self::shard_ranges(&entry, offset, length.into())?
                 }
             };
@@ -156,7 +163,7 @@ impl Device {
                 return Ok(ShardInfo { shard, bytes, hash: [0; 32], open: true });
             }
         }
-        let entry = self.locate(shard).await?.ok_or(NodeError::NotFound)?;
+        let entry = self.locate(shard).await?.ok_or_else(|| self.absent(shard))?;
         Ok(ShardInfo { shard, bytes: entry.bytes, hash: entry.hash, open: false })
     }
 
@@ -248,6 +255,62 @@ impl Device {
             inner.space.put_back(&entry.extents);
         }
         Ok(())
+    }
+
+    /// Whether the shard is here; see `NodeApi::hold_shard`.
+    pub(crate) fn hold_shard(self: &Arc<Self>, request: HoldShard) -> NodeResult<()> {
+        let device = Arc::clone(self);
+        let running = Running::new(self);
+        spawned(&self.env, async move {
+            let _running = running;
+            device.check_writable()?;
+            drop(device.admit_put(request.shard, request.epoch)?);
+            // What is being freed now is gone when this is answered.
+            let _tenancy = device.tenancy.lock().await;
+            let known = device.locate(request.shard).await?.ok_or(NodeError::NotFound)?;
+            if known.hash != request.hash {
+                return Err(NodeError::NotFound);
+            }
+            if device.has_unindexed_puts(|put| *put == request.shard) {
+                // The call that put it is still waiting for its flush: the asker may free the only copy that survives power loss.
+                device.flush().await?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Frees sealed shards of positions that are other devices' under the map of `epoch`, unless a put under a newer map has
+    /// come since: the position may be this device's again (P11).
+    pub(crate) fn free_misplaced(self: &Arc<Self>, shards: Vec<ShardId>, epoch: Epoch) -> NodeResult<()> {
+        let device = Arc::clone(self);
+        let running = Running::new(self);
+        spawned(&self.env, async move {
+            let _running = running;
+            device.check_writable()?;
+            // Puts look again for what they found under the same lock.
+            let _tenancy = device.tenancy.lock().await;
+            device.lock().places.check_newest(epoch)?;
+            let index = Arc::clone(&device.index);
+            let asked = shards.clone();
+            let found = device
+                .index_call(move || {
+                    let mut found = Vec::new();
+                    for shard in asked {
+                        found.extend(index.get(shard)?.map(|entry| (shard, entry)));
+                    }
+                    Ok(found)
+                })
+                .await?;
+            if found.is_empty() && !device.has_unindexed_puts(|put| shards.contains(put)) {
+                return Ok(());
+            }
+            let withdrawn = shards.clone();
+            let committed = device.commit(vec![LogRecord::ShardsFreed { shards }]).await?;
+            device.give_back(&device.withdraw_puts(&committed, |put| withdrawn.contains(put)));
+            device.drop_entries(found).await?;
+            device.indexed(&committed);
+            Ok(())
+        })
     }
 
     pub(crate) async fn free_volume(self: &Arc<Self>, volume: VolumeId) -> Calls<()> {
@@ -359,7 +422,11 @@ impl Device {
                 }
                 Some(open) if open.finishing => return Err(NodeError::Invalid),
                 Some(open) => open.space.reserved(),
-                None => 0,
+                None => {
+                    // Which map the writer knows is not said: rows of a position that moves are begun under the new one.
+                    inner.places.check(self.id, shard)?;
+                    0
+                }
             };
             // Appends come in order of rows and may overlap in time.
             if HEADER + offset > reserved && !(reserved == 0 && offset == 0) {
@@ -432,7 +499,7 @@ impl Device {
         spawned(&self.env, async move {
             let _running = running;
             device.check_writable()?;
-            if let Some(space) = device.begin_finish(incarnation, shard, bytes)? {
+            if let Some((space, _put)) = device.begin_finish(incarnation, shard, bytes)? {
                 let finished = device.finish_in_place(shard, space, bytes, hash).await;
                 if let Some(open) = device.lock().state.open_shards.get_mut(&shard) {
                     // It failed: the shard is still open.
@@ -456,7 +523,7 @@ impl Device {
 
     /// Marks an open shard as being finished: nothing is appended to it and nobody frees it meanwhile. `None`: it is not
     /// open.
-    fn begin_finish(&self, incarnation: Incarnation, shard: ShardId, bytes: u64) -> Calls<Option<Growing>> {
+    fn begin_finish(&self, incarnation: Incarnation, shard: ShardId, bytes: u64) -> Calls<Option<(Growing, Put)>> {
         let mut inner = self.lock();
         let below = inner.closed_below.get(&shard.segment.volume);
         if below.is_some_and(|&below| shard.segment.generation < below) {
@@ -471,7 +538,8 @@ impl Device {
         }
         open.finishing = true;
         open.in_flight += 1;
-        Ok(Some(open.space.clone()))
+        let space = open.space.clone();
+        Ok(Some((space, inner.places.put())))
     }
 
     /// Header, log record and index of an open shard that has all its bytes.

@@ -126,6 +126,8 @@ pub enum IndexChange {
     Segments(Vec<SegmentName>),
     /// A volume is gone.
     Volume(VolumeId),
+    /// Shards are gone.
+    Shards(Vec<ShardId>),
 }
 
 impl State {
@@ -186,6 +188,7 @@ impl State {
                 (Vec::new(), None)
             }
             LogRecord::OpenShardFreed { shard } => (self.free_open_shards(|of| *of == shard), None),
+            LogRecord::ShardsFreed { shards } => (Vec::new(), Some(IndexChange::Shards(shards))),
         }
     }
 

@@ -78,7 +78,7 @@ impl<'a> Sources<'a> {
             if let Some(column) = have.iter().find(covers) {
                 let from = (offset - column.offset) as usize;
                 sources.found.push((index, column.buf.slice(from..from + bytes)));
-            } else if let Some(link) = reading.view.up_position(reading.segment.pg, index) {
+            } else if let Some((link, _)) = reading.view.readable(reading.segment.pg, index) {
                 // Data shards before parity; among copies the least busy one.
                 let busy = if reading.shared.scheme().is_replica() { link.load.inflight() } else { 0 };
                 candidates.push((link.load.is_late(), busy, index));
@@ -92,8 +92,7 @@ impl<'a> Sources<'a> {
     }
 
     fn start(&self, index: usize) -> Option<ShardRead> {
-        let link = self.reading.view.up_position(self.reading.segment.pg, index)?;
-        Some(ShardRead::start(self.reading, link, index, self.offset, self.bytes))
+        ShardRead::start(self.reading, index, self.offset, self.bytes)
     }
 
     /// Reads until `wanted` shards are there or nobody is left to ask. Whoever is late is waited for only as long as the

@@ -98,11 +98,16 @@ async fn rebuild(
 async fn find_sources(reading: &Reading, stripe: &Stripe, except: &BTreeSet<usize>) -> (Vec<Source>, usize) {
     let candidates = (0..stripe.scheme().width()).filter(|index| !except.contains(index));
     let infos = candidates.map(|index| async move {
-        let Some(link) = reading.view.up_position(reading.segment.pg, index) else {
+        let Some((link, before)) = reading.view.readable(reading.segment.pg, index) else {
             return (index, Err(NodeError::Unavailable));
         };
         let shard = ShardId { segment: reading.segment, index: ShardIndex(index as u8) };
-        (index, link.node.shard_info(link.device, shard).await)
+        match (link.node.shard_info(link.device, shard).await, before) {
+            (Err(NodeError::NotFound | NodeError::StaleEpoch { .. }), Some(before)) => {
+                (index, before.node.shard_info(before.device, shard).await)
+            }
+            (info, _) => (index, info),
+        }
     });
     let (mut sources, mut away) = (Vec::new(), 0);
     for (index, info) in join_all(infos).await {
@@ -176,10 +181,10 @@ async fn read_step(
     away: &mut usize,
 ) -> Result<Vec<Buf>, Failure> {
     let reads = sources.iter().map(|source| async move {
-        let Some(link) = reading.view.up_position(reading.segment.pg, source.index) else {
-            return Err(NodeError::Unavailable);
-        };
-        ShardRead::start(reading, link, source.index, offset, bytes).wait(&reading.shared).await
+        match ShardRead::start(reading, source.index, offset, bytes) {
+            Some(mut read) => read.wait(&reading.shared).await,
+            None => Err(NodeError::Unavailable),
+        }
     });
     let mut columns = Vec::with_capacity(sources.len());
     for (at, answer) in join_all(reads).await.into_iter().enumerate() {

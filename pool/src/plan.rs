@@ -39,7 +39,8 @@ pub(crate) fn plan_set(
     wanted: usize,
     least: usize,
 ) -> Result<Vec<DeviceId>, StoreError> {
-    let usable = || view.links().iter().filter(|link| link.up && !avoid.contains(&link.device));
+    let is_usable = |link: &&Arc<Link>| link.up && !link.leaving && !avoid.contains(&link.device);
+    let usable = || view.links().iter().filter(is_usable);
     let most_free = usable().map(|link| link.free).max().unwrap_or(0);
     let mut domains: BTreeMap<&str, (f64, &Arc<Link>)> = BTreeMap::new();
     for link in usable() {

@@ -263,6 +263,20 @@ impl SegmentStore for Pool {
         members::delete(&self.shared.view(), &segments)
     }
 
+    fn is_leaving(&self, device: DeviceId) -> bool {
+        self.shared.view().link(device).is_none_or(|link| link.leaving)
+    }
+
+    fn map_epoch(&self) -> Epoch {
+        self.shared.view().epoch
+    }
+
+    fn positions_before(&self, pg: PgId) -> Vec<Option<DeviceId>> {
+        let view = self.shared.view();
+        let device = |index| view.position_before(pg, index).map(|link| link.device);
+        (0..self.shared.scheme().width()).map(device).collect()
+    }
+
     fn positions(&self, pg: PgId) -> Vec<Option<DeviceId>> {
         let view = self.shared.view();
         (0..self.shared.scheme().width()).map(|index| view.position(pg, index).map(|link| link.device)).collect()

@@ -5,7 +5,7 @@ use crate::degraded::{self, Column, Own};
 use crate::load::{InFlight, Late, Load};
 use crate::pool::Shared;
 use crate::repair;
-use crate::view::{Link, View};
+use crate::view::View;
 use futures::future::{Either, join_all, select};
 use lsm_block::store::{Check, SegmentRead, StoreError, StoreResult};
 use std::future::poll_fn;
@@ -109,15 +109,27 @@ pub(crate) struct ShardRead {
 }
 
 impl ShardRead {
-    pub(crate) fn start(reading: &Reading, link: &Arc<Link>, index: usize, offset: u64, bytes: usize) -> Self {
+    /// Asks the device of a position, and if it has nothing, the one where the position was before it moved.
+    pub(crate) fn start(reading: &Reading, index: usize, offset: u64, bytes: usize) -> Option<Self> {
+        let (link, before) = reading.view.readable(reading.segment.pg, index)?;
         let shared = &reading.shared;
         shared.stats.shard_reads.inc();
         shared.stats.shard_read_bytes.add(bytes as u64);
         let started = link.load.is_sampled().then(|| shared.env.now());
         let shard = ShardId { segment: reading.segment, index: ShardIndex(index as u8) };
         // A read has at most a segment's 64 MiB.
-        let answer = link.node.read_shard(link.device, shard, offset, bytes as u32);
-        Self { answer, bytes, started, load: Arc::clone(&link.load), _inflight: InFlight::new(&link.load) }
+        let mut answer = link.node.read_shard(link.device, shard, offset, bytes as u32);
+        if let Some(before) = before.map(Arc::clone) {
+            answer = Box::pin(async move {
+                match answer.await {
+                    Err(NodeError::NotFound | NodeError::StaleEpoch { .. }) => {
+                        before.node.read_shard(before.device, shard, offset, bytes as u32).await
+                    }
+                    answer => answer,
+                }
+            });
+        }
+        Some(Self { answer, bytes, started, load: Arc::clone(&link.load), _inflight: InFlight::new(&link.load) })
     }
 
     pub(crate) fn poll_answer(&mut self, shared: &Shared, context: &mut Context<'_>) -> Poll<Result<Buf, NodeError>> {
@@ -303,7 +315,7 @@ fn position_of(reading: &Reading, piece: &Piece) -> usize {
     // A block stays with one copy while nobody is busy, so that a device's own cache sees it again.
     let start = crate::plan::hash(reading.segment.number, piece.shard_offset >> 16) as usize % width;
     let busy = |index: usize| {
-        let link = reading.view.up_position(reading.segment.pg, index)?;
+        let (link, _) = reading.view.readable(reading.segment.pg, index)?;
         Some((link.load.is_late(), link.load.inflight()))
     };
     let around = (0..width).map(|step| (start + step) % width);
@@ -311,8 +323,7 @@ fn position_of(reading: &Reading, piece: &Piece) -> usize {
 }
 
 fn start(reading: &Reading, unit: &Unit) -> Option<ShardRead> {
-    let link = reading.view.up_position(reading.segment.pg, unit.index)?;
-    Some(ShardRead::start(reading, link, unit.index, unit.offset, unit.bytes))
+    ShardRead::start(reading, unit.index, unit.offset, unit.bytes)
 }
 
 /// The common case: all bytes lie in one unit.

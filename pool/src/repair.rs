@@ -4,6 +4,7 @@ use crate::read::{BLOCK, Reading};
 use std::sync::Arc;
 use xsan_env::Buf;
 use xsan_types::{ShardId, ShardIndex};
+use xsan_wire::node::NodeError;
 
 /// Rewrites the blocks of shard `index` from `offset` in which `wrong` (nothing: unreadable) is not `right`. Lengths are
 /// multiples of 4096, `right` is aligned.
@@ -29,7 +30,8 @@ fn rewrite(reading: &Reading, index: usize, offset: u64, data: Buf) {
     let blocks = (data.len() / BLOCK) as u64;
     shared.stats.damaged_blocks.add(blocks);
     let segment = reading.segment;
-    let Some(link) = reading.view.up_position(segment.pg, index).cloned() else {
+    let Some((link, before)) = reading.view.readable(segment.pg, index).map(|(now, old)| (now.clone(), old.cloned()))
+    else {
         shared.stats.repairs_failed.add(blocks);
         return;
     };
@@ -40,7 +42,11 @@ fn rewrite(reading: &Reading, index: usize, offset: u64, data: Buf) {
     let shared = Arc::clone(shared);
     reading.shared.env.spawn("repair", async move {
         let shard = ShardId { segment, index: ShardIndex(index as u8) };
-        match link.node.repair_shard(link.device, shard, offset, data).await {
+        let mut repaired = link.node.repair_shard(link.device, shard, offset, data.clone()).await;
+        if let (Err(NodeError::NotFound), Some(before)) = (&repaired, before) {
+            repaired = before.node.repair_shard(before.device, shard, offset, data).await;
+        }
+        match repaired {
             Ok(()) => {
                 shared.stats.repaired_blocks.add(blocks);
                 tracing::warn!(%shard, device = %link.device, offset, blocks, "damaged blocks rewritten");

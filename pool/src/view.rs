@@ -17,6 +17,8 @@ pub struct DeviceView {
     pub domain: Arc<str>,
     /// Whether it is believed to answer. Devices that are not up are not asked.
     pub up: bool,
+    /// Whether it is being emptied: it carries no new journal members.
+    pub leaving: bool,
     /// Logical sector in bytes.
     pub sector: u32,
     /// Free bytes, roughly; 0 when unknown.
@@ -36,6 +38,8 @@ pub struct PoolView {
     pub epoch: Epoch,
     /// Per placement group its devices in the order of the shard index (`placement::PgTable::positions`).
     pub table: Vec<Vec<Option<DeviceId>>>,
+    /// While data moves: where it was, in the shape of `table`; else empty. Reads that find nothing at a position's device try this one (P11).
+    pub before: Vec<Vec<Option<DeviceId>>>,
     /// All devices of the pool, also those that hold no position.
     pub devices: BTreeMap<DeviceId, DeviceView>,
 }
@@ -44,10 +48,15 @@ impl PoolView {
     /// Whether an owner has to look at its sets and holes again: anything but free space differs.
     pub(crate) fn differs(&self, other: &Self) -> bool {
         let same_device = |a: &DeviceView, b: &DeviceView| {
-            Arc::ptr_eq(&a.node, &b.node) && a.up == b.up && a.domain == b.domain && a.sector == b.sector
+            Arc::ptr_eq(&a.node, &b.node)
+                && a.up == b.up
+                && a.leaving == b.leaving
+                && a.domain == b.domain
+                && a.sector == b.sector
         };
         self.epoch != other.epoch
             || self.table != other.table
+            || self.before != other.before
             || !self.devices.keys().eq(other.devices.keys())
             || !self.devices.values().zip(other.devices.values()).all(|(a, b)| same_device(a, b))
     }
@@ -59,6 +68,7 @@ pub(crate) struct Link {
     pub(crate) node: Arc<dyn NodeApi>,
     pub(crate) domain: Arc<str>,
     pub(crate) up: bool,
+    pub(crate) leaving: bool,
     pub(crate) free: u64,
     pub(crate) load: Arc<Load>,
 }
@@ -69,6 +79,8 @@ pub(crate) struct View {
     pool: PoolId,
     /// Index into `links` per position.
     groups: Vec<Box<[Option<u32>]>>,
+    /// The same where data was, while it moves; else empty.
+    before: Vec<Box<[Option<u32>]>>,
     /// Ordered by device.
     links: Vec<Arc<Link>>,
     /// The groups with the most positions up, and how many those have.
@@ -76,7 +88,7 @@ pub(crate) struct View {
     pub(crate) best_up: usize,
     /// Each node once.
     pub(crate) nodes: Vec<Arc<dyn NodeApi>>,
-    /// Failure domains, up or not.
+    /// Failure domains that are not leaving, up or not.
     pub(crate) domains: usize,
 }
 
@@ -91,7 +103,8 @@ impl View {
         if map.table.is_empty() {
             return Err(PoolError::NoGroups);
         }
-        if let Some((group, row)) = map.table.iter().enumerate().find(|(_, row)| row.len() != width) {
+        let mut rows = map.table.iter().chain(&map.before).enumerate();
+        if let Some((group, row)) = rows.find(|(_, row)| row.len() != width) {
             return Err(PoolError::Width { group, found: row.len(), expected: width });
         }
         let links: Vec<Arc<Link>> = map
@@ -103,6 +116,7 @@ impl View {
                     node: Arc::clone(&view.node),
                     domain: Arc::clone(&view.domain),
                     up: view.up,
+                    leaving: view.leaving,
                     free: view.free,
                     load: Arc::clone(loads.entry(device).or_default()),
                 })
@@ -112,7 +126,10 @@ impl View {
             let device = (*device)?;
             links.binary_search_by_key(&device, |link| link.device).ok().and_then(|at| u32::try_from(at).ok())
         };
-        let groups: Vec<Box<[Option<u32>]>> = map.table.iter().map(|row| row.iter().map(slot).collect()).collect();
+        let resolve = |table: &[Vec<Option<DeviceId>>]| -> Vec<Box<[Option<u32>]>> {
+            table.iter().map(|row| row.iter().map(slot).collect()).collect()
+        };
+        let (groups, before) = (resolve(&map.table), resolve(&map.before));
         let (best_up, best) = best_groups(&groups, &links);
         let mut nodes: Vec<Arc<dyn NodeApi>> = Vec::new();
         for link in &links {
@@ -120,11 +137,11 @@ impl View {
                 nodes.push(Arc::clone(&link.node));
             }
         }
-        let mut domains: Vec<&str> = links.iter().map(|link| &*link.domain).collect();
+        let mut domains: Vec<&str> = links.iter().filter(|link| !link.leaving).map(|link| &*link.domain).collect();
         domains.sort_unstable();
         domains.dedup();
         let domains = domains.len();
-        Ok(Self { epoch: map.epoch, pool, groups, links, best, best_up, nodes, domains })
+        Ok(Self { epoch: map.epoch, pool, groups, before, links, best, best_up, nodes, domains })
     }
 
     /// Devices, ordered by id.
@@ -145,6 +162,25 @@ impl View {
         }
         let group = self.groups.get(usize::try_from(pg.index).ok()?)?;
         self.links.get(usize::try_from((*group.get(index)?)?).ok()?)
+    }
+
+    /// Where a position was before it moved, if it moves.
+    pub(crate) fn position_before(&self, pg: PgId, index: usize) -> Option<&Arc<Link>> {
+        if pg.pool != self.pool {
+            return None;
+        }
+        let group = self.before.get(usize::try_from(pg.index).ok()?)?;
+        let link = self.links.get(usize::try_from((*group.get(index)?)?).ok()?)?;
+        self.position(pg, index).is_none_or(|now| now.device != link.device).then_some(link)
+    }
+
+    /// The devices that may have a position's shards and are up: its own, and where it was. The first is asked first.
+    pub(crate) fn readable(&self, pg: PgId, index: usize) -> Option<(&Arc<Link>, Option<&Arc<Link>>)> {
+        let before = self.position_before(pg, index).filter(|link| link.up);
+        match self.up_position(pg, index) {
+            Some(link) => Some((link, before)),
+            None => before.map(|link| (link, None)),
+        }
     }
 
     /// The device of a position if it is up.

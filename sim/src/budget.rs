@@ -37,6 +37,14 @@ impl Budget {
         self.unlimited || (self.rotten.is_none_or(|rotten| rotten == host) && self.may_damage(host))
     }
 
+    /// Whether a host may be away for a time: what is written meanwhile lies on the others, of which the rotten one may keep nothing.
+    #[must_use]
+    pub fn may_leave(&self, host: u64) -> bool {
+        let Some(rotten) = self.rotten else { return true };
+        let others = self.away.iter().filter(|&&other| other != host && other != rotten).count();
+        self.unlimited || host == rotten || others + 1 < self.most
+    }
+
     /// A host lost something.
     pub fn damaged(&mut self, host: u64) {
         self.damaged.insert(host);
@@ -63,6 +71,12 @@ impl Budget {
     #[must_use]
     pub fn is_rotten(&self, host: u64) -> bool {
         self.unlimited || self.rotten == Some(host)
+    }
+
+    /// Whether there is one, and it counts.
+    #[must_use]
+    pub fn has_rotten(&self) -> bool {
+        self.rotten.is_some() && !self.unlimited
     }
 
     /// The volume is whole.
@@ -97,5 +111,18 @@ mod tests {
         assert!(budget.is_touched(4) && budget.may_rot(4) && !budget.may_rot(5));
         budget.damaged(5);
         assert!(!budget.may_damage(6));
+    }
+
+    #[test]
+    fn beside_a_rotten_disk_fewer_may_be_away() {
+        let mut budget = Budget::new(2, false);
+        budget.leaves(1);
+        budget.leaves(2);
+        assert!(budget.may_leave(3), "any number of processes may end");
+        budget.healed();
+        budget.rotten(4);
+        assert!(budget.may_leave(1));
+        budget.leaves(1);
+        assert!(!budget.may_leave(2) && budget.may_leave(1) && budget.may_leave(4));
     }
 }

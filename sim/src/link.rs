@@ -20,7 +20,9 @@ use xsan_types::{
     ClosedMember, DeviceId, FlushRequest, Generation, Incarnation, MemberRef, RegisterView, SealedSegment, SegmentName,
     SetId, ShardId, VolumeId,
 };
-use xsan_wire::node::{CreateMember, CreatedMember, DeviceStatus, NodeApi, NodeError, NodeResult, PutShard, ShardInfo};
+use xsan_wire::node::{
+    CreateMember, CreatedMember, DeviceStatus, HoldShard, NodeApi, NodeError, NodeResult, PutShard, ShardInfo,
+};
 
 /// A rule of the protocol that the link breaks on purpose: the run must find it (canaries).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -297,6 +299,9 @@ impl NodeApi for NodeLink {
     }
     fn put_shard(&self, request: PutShard) -> NodeResult<()> {
         self.call("put_shard", |node| node.put_shard(request))
+    }
+    fn hold_shard(&self, request: HoldShard) -> NodeResult<()> {
+        self.call("hold_shard", move |node| node.hold_shard(request))
     }
     fn read_shard(&self, device: DeviceId, shard: ShardId, offset: u64, length: u32) -> NodeResult<Buf> {
         self.call("read_shard", move |node| node.read_shard(device, shard, offset, length))

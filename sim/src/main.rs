@@ -76,7 +76,8 @@ fn parse() -> Result<Arguments, String> {
 
 /// The fewest faults with which the seed still fails: one run is the beginning of another with more.
 fn least_faults(seed: u64, options: Options) -> u64 {
-    (0..options.faults).find(|&faults| simulate(seed, Options { faults, ..options }).is_err()).unwrap_or(options.faults)
+    let quiet = Options { print: false, ..options };
+    (0..options.faults).find(|&faults| simulate(seed, Options { faults, ..quiet }).is_err()).unwrap_or(options.faults)
 }
 
 fn main() -> ExitCode {

@@ -259,14 +259,16 @@ impl Sector {
         }
     }
 
-    /// The version of these bytes: the newest, if they are zeroes.
+    /// The version of these bytes. Of several writes of zeroes, the one that was acknowledged last, or not at all: it may have come
+    /// after all that were acknowledged before, also if it began first.
     fn find(&self, offset: u64, found: &[u8]) -> Result<usize, Broken> {
         let Some(stamp) = stamp_of(offset, found) else {
             let what = format!("garbage {:02x?}, one of {:?} was written", &found[..16], self.versions);
             return Err(Broken { offset, what });
         };
-        let found = self.versions.iter().rposition(|version| version.stamp == stamp);
-        found.ok_or_else(|| {
+        let equal = self.versions.iter().enumerate().filter(|(_, version)| version.stamp == stamp);
+        let last = equal.max_by_key(|&(index, version)| (version.acknowledged.unwrap_or(u64::MAX), index));
+        last.map(|(index, _)| index).ok_or_else(|| {
             let what = format!("write {stamp} is found; one of {:?} was expected", self.versions);
             Broken { offset, what }
         })
@@ -332,6 +334,24 @@ mod tests {
         assert!(model.settle(&[0; 512]).is_err(), "flushed");
         assert!(model.settle(&image(first)).is_ok(), "the second was not flushed");
         assert!(model.settle(&image(second)).is_err(), "it may not come back");
+    }
+
+    #[test]
+    fn zeroes_that_began_first_and_ended_last_may_cover_what_came_between() {
+        let mut model = Model::new(SECTOR, false);
+        let slow = model.begin(0, SECTOR, true);
+        let quick = model.begin(0, SECTOR, true);
+        model.acknowledge(quick, false).expect("in time");
+        written(&mut model);
+        let reading = model.reading(0);
+        model.acknowledge(slow, false).expect("in time");
+        model.read(&reading, &[0; SECTOR as usize]).expect("the slow one came last");
+        let mut model = Model::new(SECTOR, false);
+        let zeroes = model.begin(0, SECTOR, true);
+        model.acknowledge(zeroes, false).expect("in time");
+        written(&mut model);
+        let reading = model.reading(0);
+        assert!(model.read(&reading, &[0; SECTOR as usize]).is_err(), "nothing of zeroes came after it");
     }
 
     #[test]

@@ -154,6 +154,9 @@ impl Planner {
         let host = self.draw_host();
         let number = self.world.hosts[host].number;
         let power = self.dice.chance(400) && self.budget.may_damage(number);
+        if !self.budget.may_leave(number) {
+            return;
+        }
         if power {
             self.budget.damaged(number);
         } else {
@@ -285,10 +288,12 @@ impl Planner {
         // Who was away before may stay away for longer.
         let mut hosts: Vec<usize> = (0..self.world.hosts.len()).collect();
         let early = self.dice.below(hosts.len() as u64 + 1);
+        // Beside a rotten disk the take-over waits for all others: none of them may miss what it seals.
+        let early = if self.budget.has_rotten() { hosts.len() as u64 } else { early };
         for started in 0..hosts.len() {
             let host = hosts.swap_remove(self.dice.below(hosts.len() as u64) as usize);
             let number = self.world.hosts[host].number;
-            let stays_away = self.budget.is_touched(number) && self.dice.chance(300);
+            let stays_away = self.budget.is_touched(number) && self.dice.chance(300) && self.budget.may_leave(number);
             if started as u64 == early {
                 self.new_gateway();
             }
@@ -382,6 +387,9 @@ impl Planner {
     pub async fn finish(&mut self) {
         self.note("the faults stop");
         self.world.weather.calm();
+        for host in &self.world.hosts {
+            self.world.mend_disk(host);
+        }
         self.world.start_meta().await;
         self.mourn();
         self.start_nodes().await;

@@ -291,7 +291,16 @@ impl World {
     /// Starts a host's node, if it does not run, and tells the map. A disk that does not keep what it says (`rotten`) is replaced if it
     /// does not open.
     pub async fn start_node(&self, host: &Host, rotten: bool) {
-        match self.try_start_node(host).await {
+        // A request that fails while a node opens ends its process; it is started again, as a service manager would.
+        let opened = match self.try_start_node(host).await {
+            Err(error) => {
+                self.executor.note(|| error);
+                host.storage.mend();
+                self.try_start_node(host).await
+            }
+            Ok(()) => Ok(()),
+        };
+        match opened {
             Err(error) if rotten => {
                 self.executor.note(|| error);
                 self.replace_disk(host).await;
@@ -438,13 +447,14 @@ impl World {
                 node: Arc::clone(&host.link) as Arc<dyn NodeApi>,
                 domain: Arc::from(format!("n{}", host.number)),
                 up: lock(&host.state).believed_up,
+                leaving: false,
                 sector: self.shape.sector,
                 free: 0,
             };
             devices.insert(host.device, device);
         }
         let table = view.pools.get(&self.pool).map(|pool| pool.table.positions.clone()).unwrap_or_default();
-        Arc::new(PoolView { epoch: view.epoch, table, devices })
+        Arc::new(PoolView { epoch: view.epoch, table, before: Vec::new(), devices })
     }
 
     async fn tell_registers(&self, host: &Host) {

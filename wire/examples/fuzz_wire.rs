@@ -172,7 +172,7 @@ fn mutate(bytes: &mut Vec<u8>, dice: &mut Dice) {
 /// The message decoder without the checksums in front of it, which mutated frames hardly ever pass.
 fn decode(mut meta: Vec<u8>, dice: &mut Dice, pool: &BufPool) {
     mutate(&mut meta, dice);
-    for operation in 0..=operation::FINISH_SHARD + 1 {
+    for operation in 0..=operation::HOLD_SHARD + 1 {
         let read = |bytes| NodeRequest::get(operation, Reader::new(bytes, WireVersion::V1), Payload::None, pool);
         if let Ok(Some(request)) = read(&meta) {
             let mut again = Vec::new();

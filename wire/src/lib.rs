@@ -32,7 +32,7 @@ pub use error::{CallError, ConnectError};
 pub use handshake::{Class, Refusal};
 pub use identity::{Ca, IdentityError, NodeKey, Tls};
 pub use link::LinkState;
-pub use node::{CreateMember, CreatedMember, DeviceStatus, NodeApi, NodeError, PutShard, ShardInfo};
+pub use node::{CreateMember, CreatedMember, DeviceStatus, HoldShard, NodeApi, NodeError, PutShard, ShardInfo};
 pub use peer::Peer;
 pub use remote::RemoteNode;
 pub use server::Server;

@@ -104,6 +104,19 @@ pub struct PutShard {
     pub data: Vec<Buf>,
 }
 
+/// Asks whether a shard is at its place (P11).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HoldShard {
+    /// Its place.
+    pub device: DeviceId,
+    /// Which.
+    pub shard: ShardId,
+    /// The asker's map, in which that is the shard's place.
+    pub epoch: Epoch,
+    /// BLAKE3 of its bytes.
+    pub hash: [u8; 32],
+}
+
 /// What a device knows of a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShardInfo {
@@ -184,6 +197,10 @@ pub trait NodeApi: Send + Sync + 'static {
 
     /// Writes a whole shard; flushed when answered. The same shard with the same hash is a no-op; with another hash it is replaced.
     fn put_shard(&self, request: PutShard) -> NodeResult<()>;
+
+    /// Answers iff the device holds exactly this shard, sealed; it frees it under no older map than the asker's from then on.
+    /// `NotFound`: it does not hold it, or holds other bytes under its name.
+    fn hold_shard(&self, request: HoldShard) -> NodeResult<()>;
 
     /// Raw bytes of a shard, open or not: offset and length are multiples of 4096 inside it. Unverified: the caller checks.
     fn read_shard(&self, device: DeviceId, shard: ShardId, offset: u64, length: u32) -> NodeResult<Buf>;

@@ -5,7 +5,9 @@ use crate::error::CallError;
 use crate::handshake::Class;
 use crate::link::{Call, Waiting};
 use crate::message::{NodeAnswer, NodeRequest};
-use crate::node::{CreateMember, CreatedMember, DeviceStatus, NodeApi, NodeError, NodeResult, PutShard, ShardInfo};
+use crate::node::{
+    CreateMember, CreatedMember, DeviceStatus, HoldShard, NodeApi, NodeError, NodeResult, PutShard, ShardInfo,
+};
 use crate::peer::Peer;
 use crate::service::ServiceId;
 use std::future::ready;
@@ -101,6 +103,7 @@ fn class_of(request: &NodeRequest) -> Class {
         NodeRequest::PutShard(_)
         | NodeRequest::RepairShard { .. }
         | NodeRequest::VerifyShard { .. }
+        | NodeRequest::HoldShard(_)
         | NodeRequest::ListShards { .. }
         | NodeRequest::DeleteSegments(_)
         | NodeRequest::Registered(_)
@@ -169,6 +172,10 @@ impl NodeApi for RemoteNode {
 
     fn put_shard(&self, request: PutShard) -> NodeResult<()> {
         self.done(NodeRequest::PutShard(request))
+    }
+
+    fn hold_shard(&self, request: HoldShard) -> NodeResult<()> {
+        self.done(NodeRequest::HoldShard(request))
     }
 
     fn read_shard(&self, device: DeviceId, shard: ShardId, offset: u64, length: u32) -> NodeResult<Buf> {

@@ -273,6 +273,10 @@ impl Shared {
         };
         tracing::info!(node = %peer.node, class = ?peer.class, address = peer.address, "a node connected");
         *entry.peer() = Some(peer.clone());
+        // A removal since the handshake has cut nothing here yet: it finds connections by their peer.
+        if !self.admits(peer.node) {
+            return Err(ConnectError::Refused(Refusal::NotAdmitted));
+        }
         session::run(self, entry, transport, input, peer).await
     }
 
@@ -333,6 +337,10 @@ impl Shared {
         served.unwrap_or(Err(std::io::ErrorKind::TimedOut.into())).map_err(ConnectError::Io)
     }
 
+    fn admits(&self, node: NodeId) -> bool {
+        self.services.admission.as_ref().is_none_or(|admission| admission(node))
+    }
+
     fn judge(
         &self,
         entry: &Arc<Entry>,
@@ -342,7 +350,7 @@ impl Shared {
     ) -> Result<PeerInfo, Refusal> {
         let Some(hello) = hello else { return Err(Refusal::Malformed) };
         let version = hello.judge(self.endpoint.cluster, self.endpoint.node, certified)?;
-        if self.services.admission.as_ref().is_some_and(|admission| !admission(hello.node)) {
+        if !self.admits(hello.node) {
             return Err(Refusal::NotAdmitted);
         }
         // This connection is among them.

@@ -2,6 +2,8 @@
 
 use super::{AppendFile, Directory, check_name};
 use crate::error::{EnvError, file_error};
+#[cfg(any(test, feature = "faults"))]
+use crate::faults::{self, Faults};
 use crate::runtime::{BoxFuture, Env};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -31,7 +33,15 @@ impl OsDirectory {
         let path: PathBuf = path.into();
         let inner = Arc::new(Inner { path, changing: Mutex::new(()) });
         let opened = Self { env: env.clone(), inner: Arc::clone(&inner) };
-        env.blocking(move || make_directory(&inner.path)).await?;
+        env.blocking(move || {
+            make_directory(&inner.path)?;
+            #[cfg(any(test, feature = "faults"))]
+            if let Some(faults) = Faults::of_process() {
+                faults::take_back(faults, &inner.path)?;
+            }
+            Ok::<(), io::Error>(())
+        })
+        .await?;
         Ok(opened)
     }
 
@@ -50,7 +60,13 @@ impl OsDirectory {
             return Box::pin(async move { Err(error) });
         }
         let (env, inner, name) = (self.env.clone(), Arc::clone(&self.inner), name.to_owned());
-        Box::pin(async move { env.blocking(move || work(&inner, &name)).await })
+        Box::pin(async move {
+            #[cfg(any(test, feature = "faults"))]
+            if let Some(faults) = Faults::of_process() {
+                faults.pass().await;
+            }
+            env.blocking(move || work(&inner, &name)).await
+        })
     }
 }
 
@@ -80,6 +96,11 @@ impl Inner {
         let _one = lock(&self.changing);
         let target = self.path.join(name);
         let temporary = self.path.join(format!(".{name}.new"));
+        #[cfg(any(test, feature = "faults"))]
+        if let Some(faults) = Faults::of_process() {
+            faults.room()?;
+            faults::forget(faults, &target)?;
+        }
         let written = OpenOptions::new()
             .write(true)
             .create(true)
@@ -108,6 +129,10 @@ impl Inner {
     fn remove(&self, name: &str) -> io::Result<()> {
         let _one = lock(&self.changing);
         let path = self.path.join(name);
+        #[cfg(any(test, feature = "faults"))]
+        if let Some(faults) = Faults::of_process() {
+            faults::forget(faults, &path)?;
+        }
         match fs::remove_file(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(source) => Err(file_error("remove", &path, source)),
@@ -155,6 +180,11 @@ impl Directory for OsDirectory {
             let file = opened.await?;
             let (path, bytes) = (file.path.clone(), file.bytes);
             let handle = OsAppendFile { env, path, file: Some(file), bytes };
+            #[cfg(any(test, feature = "faults"))]
+            if let Some(faults) = Faults::of_process() {
+                let path = handle.path.clone();
+                return Ok(Box::new(faults::HeldFile::new(faults, Box::new(handle), path)?) as Box<dyn AppendFile>);
+            }
             Ok(Box::new(handle) as Box<dyn AppendFile>)
         })
     }

@@ -62,7 +62,7 @@ impl Keep {
     }
 
     /// How the sectors of one write fare: a function that says of each in turn whether it stays.
-    pub(super) fn sectors(&mut self) -> impl FnMut() -> bool {
+    pub(crate) fn sectors(&mut self) -> impl FnMut() -> bool {
         // One write in four stays whole, one in four is lost, the others are torn at any sectors.
         let (mut seed, fixed) = match (self.random(), *self) {
             (Some(seed), _) => (seed, [Some(true), Some(false), None, None][(seed % 4) as usize]),

@@ -146,7 +146,7 @@ impl Device {
 /// A segment with its shards: whole, and where which position lies.
 pub(super) struct Sealed {
     pub(super) body: Buf,
-    shards: BTreeSet<ShardIndex>,
+    pub(super) shards: BTreeSet<ShardIndex>,
 }
 
 pub(super) struct State {
@@ -161,6 +161,15 @@ pub(super) struct State {
     pub(super) registers: Option<MemoryRegisters>,
     pub(super) incarnations: u64,
     pub(super) random: Random,
+    /// Devices that are being emptied.
+    pub(super) leaving: BTreeSet<DeviceId>,
+    /// From where on replicas on a device cannot be read.
+    pub(super) unreadable: BTreeMap<DeviceId, u64>,
+    /// By group and index: where shards of positions that move still are.
+    pub(super) before: BTreeMap<(u32, u8), DeviceId>,
+    pub(super) epoch: u64,
+    /// Calls of `fill_holes`.
+    pub(super) fills: u64,
 }
 
 impl State {
@@ -351,8 +360,9 @@ impl State {
     pub(super) fn list(&self, device: DeviceId, volume: VolumeId, after: Option<ShardId>) -> Vec<ShardId> {
         let mut shards: Vec<ShardId> = Vec::new();
         for (&segment, sealed) in self.segments.iter().filter(|(segment, _)| segment.volume == volume) {
-            let devices = self.positions(segment.pg.index);
-            let here = sealed.shards.iter().filter(|shard| devices[usize::from(shard.0)] == device);
+            let (group, devices) = (segment.pg.index, self.positions(segment.pg.index));
+            let at = |index: u8| self.before.get(&(group, index)).unwrap_or(&devices[usize::from(index)]);
+            let here = sealed.shards.iter().filter(|shard| *at(shard.0) == device);
             shards.extend(here.map(|&index| ShardId { segment, index }));
         }
         shards.sort_unstable();
@@ -404,6 +414,7 @@ impl State {
         segment_bytes: u64,
         holes: &Holes,
     ) -> Result<Holes, StoreError> {
+        self.fills += 1;
         let sealed = self.segments.get(&segment).ok_or(StoreError::NotFound)?;
         assert_eq!(sealed.body.len() as u64, segment_bytes, "{segment} has another length");
         self.enough(self.shards_up(segment, sealed))?;

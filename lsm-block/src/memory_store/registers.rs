@@ -88,6 +88,12 @@ impl MemoryRegisters {
         state.planned.insert(at, fault);
     }
 
+    /// Changes that were asked for so far, answered or not.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.state().changes
+    }
+
     /// While down nothing is decided and nothing is answered.
     pub fn set_down(&self, down: bool) {
         self.state().down = down;

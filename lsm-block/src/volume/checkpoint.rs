@@ -173,10 +173,8 @@ impl Writer {
         let CheckpointStage::Registering { border } = self.checkpoint else { return };
         match result {
             Ok(register) => self.register = register,
-            Err(error) if self.fenced(&error) => {
-                self.checkpoint = CheckpointStage::Idle;
-                return;
-            }
+            // The writer stops, its index keeps the frozen delta: the stage stays, so that no other checkpoint begins.
+            Err(error) if self.fenced(&error) => return,
             Err(error) => return self.checkpoint_failed(&error.into()),
         }
         self.checkpoint_pause = CHECKPOINT_PAUSE;
@@ -197,6 +195,8 @@ impl Writer {
         self.graves.push(Grave { token: self.shared.renew_read_token(), names });
         self.bury();
         self.reconcile_rest();
+        // The checkpoint's own segments may have been sealed with positions missing; nobody else says so.
+        self.fill_next_hole();
         for done in self.checkpoint_waiters.drain(..) {
             let _ = done.send(Ok(()));
         }

@@ -12,7 +12,7 @@ use crate::store::StoreError;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use xsan_types::{DeviceId, SegmentName, ShardId, ShardIndex};
+use xsan_types::{DeviceId, Epoch, SegmentName, ShardId, ShardIndex};
 
 /// Nodes that return together are asked together, and not while they are busy starting.
 const RECONCILE_AFTER: Duration = Duration::from_secs(5);
@@ -33,6 +33,8 @@ pub(super) struct Reconcile {
     held: BTreeMap<u64, u64>,
     /// Devices that have told all their names.
     asked: BTreeSet<DeviceId>,
+    /// The map under which it began.
+    epoch: Epoch,
 }
 
 impl Writer {
@@ -58,6 +60,7 @@ impl Writer {
     }
 
     pub(super) fn begin_reconcile(&mut self) {
+        self.reconcile.epoch = self.shared.store.map_epoch();
         self.reconcile.devices = self.shared.store.devices().into();
         self.reconcile.after = None;
         self.reconcile.undecided = false;
@@ -132,8 +135,12 @@ impl Writer {
     fn note_held(&mut self, device: DeviceId, page: &[ShardId]) {
         for shard in page {
             let index = usize::from(shard.index.0);
-            // A copy on another device than the position's is of no use.
-            let is_in_place = || self.shared.store.positions(shard.segment.pg).get(index) == Some(&Some(device));
+            // A copy on another device than the position's is of no use, unless it is to be carried from there.
+            let (store, pg) = (&self.shared.store, shard.segment.pg);
+            let is_in_place = || {
+                store.positions(pg).get(index) == Some(&Some(device))
+                    || store.positions_before(pg).get(index) == Some(&Some(device))
+            };
             if index < 64 && self.lists(&shard.segment) && is_in_place() {
                 self.reconcile.held.entry(shard.segment.number).and_modify(|bits| *bits |= 1 << index);
             }
@@ -144,10 +151,13 @@ impl Writer {
     fn note_missing(&mut self) {
         let held = std::mem::take(&mut self.reconcile.held);
         let asked = std::mem::take(&mut self.reconcile.asked);
-        let mut found = false;
+        let (mut found, mut complete) = (false, true);
         for (number, bits) in held {
             let Some(record) = self.shared.index.segment(number) else { continue };
             let positions = (0..64).zip(self.shared.store.positions(record.sealed.name.pg));
+            complete &= positions
+                .clone()
+                .all(|(index, device)| bits >> index & 1 == 1 || device.is_some_and(|device| asked.contains(&device)));
             let missing: Vec<ShardIndex> = positions
                 .filter(|(index, device)| match device {
                     Some(device) if asked.contains(device) => bits >> index & 1 == 0,
@@ -161,6 +171,9 @@ impl Writer {
                 found |= !missing.is_empty();
                 self.shared.index.set_holes(number, missing);
             }
+        }
+        if complete {
+            self.shared.checked_epoch.store(self.reconcile.epoch.0, Ordering::Relaxed);
         }
         if found {
             self.look_after_holes();

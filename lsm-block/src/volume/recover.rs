@@ -99,7 +99,7 @@ async fn change(
 }
 
 impl Recovery<'_> {
-    /// Waits for nodes, until the deadline.
+    /// Waits for nodes, until the deadline, or until somebody else has taken the volume: what nodes say then is for that one.
     async fn wait(&self, reason: String) -> Result<(), VolumeError> {
         if self.config.env.now() >= self.deadline {
             tracing::warn!(volume = %self.config.id, %reason, "take-over gives up");
@@ -114,7 +114,20 @@ impl Recovery<'_> {
         }
         let mut changes = self.config.store.changes();
         self.config.env.timeout(RETRY_AFTER, changes.changed()).await;
-        Ok(())
+        self.still_owner().await
+    }
+
+    /// A newer owner may be what is waited for: its members refuse everything from here. Whoever wants the volume at this
+    /// node would wait for this take-over as well.
+    async fn still_owner(&self) -> Result<(), VolumeError> {
+        let read = self.config.registers.read(self.config.id);
+        match self.config.env.timeout(RETRY_AFTER, read).await {
+            Some(Ok(register)) if register.generation > self.register.generation => {
+                Err(VolumeError::Fenced(register.generation))
+            }
+            // No answer, no news.
+            _ => Ok(()),
+        }
     }
 
     /// Steps 2 to 5: what the members have, in the index, and whether there was anything.

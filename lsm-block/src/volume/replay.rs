@@ -112,8 +112,8 @@ impl<'a> Scan<'a> {
             };
             let mut answer = read(ahead).await;
             if answer.as_ref().is_err_and(|error| error.kind() != ErrorKind::Unavailable) && ahead > length {
-                // A bad sector further on must not hide what is wanted now.
-                answer = read(length).await;
+                // A bad sector further on must not hide what is wanted now. (Nodes read whole sectors, of 4 KiB at most.)
+                answer = read(length.next_multiple_of(BLOCK_BYTES).min(ahead)).await;
             }
             match answer {
                 Ok(bytes) => *window = Window { start: offset, bytes },

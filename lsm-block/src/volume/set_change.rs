@@ -104,15 +104,20 @@ impl Writer {
         }
     }
 
-    /// Grows a set that was made while domains were down.
+    /// Grows a set that was made while domains were down, or leaves devices that are being emptied.
     pub(super) fn grow_set(&mut self) {
         self.grow = self.failed_members.is_empty() && self.can_grow();
     }
 
     fn can_grow(&self) -> bool {
+        let store = &self.shared.store;
         let members = self.set.members.len();
-        members < self.shared.store.set_size()
-            && self.shared.store.plan_set(self.shared.id, &[]).is_ok_and(|planned| planned.len() > members)
+        // A device that is being emptied is left as soon as there are others for all members.
+        let is_leaving = self.set.members.iter().any(|member| store.is_leaving(member.at.device));
+        (members < store.set_size() || is_leaving)
+            && store
+                .plan_set(self.shared.id, &[])
+                .is_ok_and(|planned| planned.len() > members || (is_leaving && planned.len() == members))
     }
 
     /// Tries again after a while, longer each time: a try holds up acknowledgements, and one that fails leaves members behind until the
@@ -226,9 +231,8 @@ impl Writer {
         self.set = Arc::clone(&set);
         if set.members.len() >= self.shared.store.set_size() {
             self.grow_pause = GROW_PAUSE;
-        } else {
-            self.grow_later();
         }
+        self.grow_later();
         self.shared.take_suspects();
         let mut complete = Vec::new();
         for (&number, segment) in &mut self.segments {

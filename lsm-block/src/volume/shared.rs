@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use tokio::sync::{oneshot, watch};
 use xsan_env::{Buf, BufPool, Env, Moment};
-use xsan_types::{BLOCK_BYTES, Generation, JournalSet, MemberRef, SegmentName, SetId, SetMember, VolumeId};
+use xsan_types::{BLOCK_BYTES, Epoch, Generation, JournalSet, MemberRef, SegmentName, SetId, SetMember, VolumeId};
 
 pub(super) type Done = oneshot::Sender<Result<(), VolumeError>>;
 
@@ -218,6 +218,9 @@ pub struct VolumeStatus {
     /// Nodes have changed, and what they hold has not been compared with what they should hold since: positions may be missing that
     /// are not counted.
     pub unchecked: bool,
+    /// Version of the newest map under which every position of every listed segment was looked for; those that were not found
+    /// are counted.
+    pub checked_epoch: Epoch,
     /// Segments open or being sealed.
     pub open_segments: usize,
     /// Memory of the index delta.
@@ -260,6 +263,8 @@ pub(super) struct Shared {
     suspects: Mutex<Vec<MemberRef>>,
     /// See [`VolumeStatus::unchecked`].
     pub unchecked: AtomicBool,
+    /// See [`VolumeStatus::checked_epoch`].
+    pub checked_epoch: AtomicU64,
 }
 
 impl Shared {
@@ -285,6 +290,7 @@ impl Shared {
             waker: AtomicWaker::new(),
             suspects: Mutex::new(Vec::new()),
             unchecked: AtomicBool::new(false),
+            checked_epoch: AtomicU64::new(0),
         })
     }
 
@@ -393,6 +399,7 @@ impl Shared {
             segments: self.index.segment_count(),
             segments_with_holes: self.index.hole_count(),
             unchecked: self.unchecked.load(Ordering::Relaxed),
+            checked_epoch: Epoch(self.checked_epoch.load(Ordering::Relaxed)),
             open_segments: self.open.lock().expect("open lock").len(),
             delta_bytes: self.index.delta_bytes(),
             counters: self.counters.snapshot(),

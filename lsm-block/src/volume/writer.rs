@@ -87,6 +87,11 @@ pub(super) struct FlushRound {
     pub waiters: Vec<Done>,
     /// Acknowledged lengths when the round began.
     pub lengths: Vec<(u64, u64)>,
+    /// Segments whose names were on their way into the manifests: until every member has answered, neither its replica nor its
+    /// manifest need outlive a loss of power.
+    pub entering: Vec<u64>,
+    /// The members have flushed.
+    pub flushed: bool,
 }
 
 /// What the loop does next.
@@ -345,6 +350,7 @@ impl Writer {
             }
         }
         self.start_seals();
+        self.end_flush_round();
         self.start_flush_round();
         self.advance_checkpoint();
         while !self.sizes.is_empty() && !self.checkpoint.is_registering() {
@@ -524,17 +530,17 @@ impl Writer {
             .filter(|(_, segment)| segment.needs_members() && segment.acknowledged > segment.flushed)
             .map(|(&number, segment)| (number, segment.acknowledged))
             .collect();
+        let is_entering = |segment: &Segment| !segment.needs_members() && segment.acknowledged > segment.flushed;
+        let entering = self.segments.iter().filter(|(_, segment)| is_entering(segment)).map(|(&n, _)| n).collect();
         let rows = self.row_flush_requests();
-        if lengths.is_empty() && rows.is_empty() {
-            for done in waiters {
-                let _ = done.send(Ok(()));
-            }
-            return;
-        }
-        count(&self.shared.counters.flush_rounds, 1);
         let replicas: Vec<(SegmentName, u64)> =
             lengths.iter().map(|&(number, end)| (self.segments[&number].name, end)).collect();
-        self.flush_round = Some(FlushRound { waiters, lengths });
+        let flushed = lengths.is_empty() && rows.is_empty();
+        self.flush_round = Some(FlushRound { waiters, lengths, entering, flushed });
+        if flushed {
+            return self.end_flush_round();
+        }
+        count(&self.shared.counters.flush_rounds, 1);
         let members = self.set.members.iter().map(|member| FlushRequest {
             device: member.at.device,
             incarnation: member.at.incarnation,
@@ -555,18 +561,17 @@ impl Writer {
     }
 
     fn flushed(&mut self, set: SetId, result: Result<(), FlushFailure>) {
-        let round = self.flush_round.take().expect("a round runs");
+        let mut round = self.flush_round.take().expect("a round runs");
         match result {
             Ok(()) if set == self.set.id => {
-                for (number, end) in round.lengths {
+                for &(number, end) in &round.lengths {
                     if let Some(segment) = self.segments.get_mut(&number) {
                         segment.flushed = segment.flushed.max(end);
                     }
                 }
-                for done in round.waiters {
-                    let _ = done.send(Ok(()));
-                }
-                self.moved();
+                round.flushed = true;
+                self.flush_round = Some(round);
+                self.end_flush_round();
             }
             Ok(()) => self.flush_waiters.extend(round.waiters),
             Err(failure) => {
@@ -578,6 +583,19 @@ impl Writer {
                     self.member_failed(member, &error);
                 }
             }
+        }
+    }
+
+    /// Answers those who wait for a flush, once everything they wait for is stable.
+    fn end_flush_round(&mut self) {
+        let is_stable = |round: &FlushRound| {
+            round.flushed && round.entering.iter().all(|number| !self.segments.contains_key(number))
+        };
+        if let Some(round) = self.flush_round.take_if(|round| is_stable(round)) {
+            for done in round.waiters {
+                let _ = done.send(Ok(()));
+            }
+            self.moved();
         }
     }
 
@@ -722,6 +740,7 @@ impl Writer {
         waiting.append(&mut self.flush_waiters);
         waiting.append(&mut self.checkpoint_waiters);
         waiting.extend(self.closing.take());
+        waiting.extend(self.sizes.drain(..).map(|(_, done)| done));
         let late = self.shared.close_queue();
         waiting.extend(late.into_iter().map(Request::into_done));
         for done in waiting {

@@ -93,10 +93,10 @@ impl Cluster {
             .map(|(number, node)| {
                 let domain = format!("host-{number}").into();
                 let node = Arc::clone(node) as Arc<dyn NodeApi>;
-                (device(number), DeviceView { node, domain, up: true, sector: 4096, free: 1 << 40 })
+                (device(number), DeviceView { node, domain, up: true, leaving: false, sector: 4096, free: 1 << 40 })
             })
             .collect();
-        let view = PoolView { epoch: Epoch(1), table, devices };
+        let view = PoolView { epoch: Epoch(1), table, before: Vec::new(), devices };
         let mut config = PoolConfig::new(PoolId(1), "test", scheme);
         adjust(&mut config);
         let bufs = BufPool::new(0, 4 << 20);

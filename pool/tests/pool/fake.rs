@@ -8,7 +8,9 @@ use xsan_types::{
     ClosedMember, DeviceId, Epoch, FlushRequest, Generation, Incarnation, MemberRef, RegisterView, SealedSegment,
     SegmentName, SetId, ShardId, VolumeId,
 };
-use xsan_wire::node::{CreateMember, CreatedMember, DeviceStatus, NodeApi, NodeError, NodeResult, PutShard, ShardInfo};
+use xsan_wire::node::{
+    CreateMember, CreatedMember, DeviceStatus, HoldShard, NodeApi, NodeError, NodeResult, PutShard, ShardInfo,
+};
 
 /// One shard.
 #[derive(Clone, Default)]
@@ -34,6 +36,8 @@ pub struct State {
     pub epoch: Epoch,
     pub is_down: bool,
     pub is_full: bool,
+    /// Knows a map in which what it has not got is another device's.
+    pub is_left: bool,
     /// Fails the call with this number (counted over all calls from now) with the error.
     pub fail_call: Option<(u64, NodeError)>,
     pub calls: u64,
@@ -99,13 +103,17 @@ fn joined(pieces: &[Buf]) -> Vec<u8> {
 }
 
 impl State {
+    fn absent(&self) -> NodeError {
+        if self.is_left { NodeError::StaleEpoch { current: self.epoch } } else { NodeError::NotFound }
+    }
+
     fn live(&self, incarnation: Incarnation) -> Result<(), NodeError> {
         if incarnation == self.incarnation { Ok(()) } else { Err(NodeError::NotLive { current: self.incarnation }) }
     }
 
     fn read(&mut self, shard: ShardId, offset: u64, length: u32) -> Result<Buf, NodeError> {
         self.reads += 1;
-        let found = self.shards.get(&shard).ok_or(NodeError::NotFound)?;
+        let found = self.shards.get(&shard).ok_or(self.absent())?;
         let range = offset as usize..offset as usize + length as usize;
         let bytes = found.bytes.get(range).ok_or(NodeError::Invalid)?;
         let blocks = offset / 4096..(offset + u64::from(length)) / 4096;
@@ -254,11 +262,20 @@ impl NodeApi for FakeNode {
         )
     }
 
+    fn hold_shard(&self, request: HoldShard) -> NodeResult<()> {
+        self.call(
+            |_| false,
+            |state| match state.shards.get(&request.shard) {
+                Some(found) if found.hash == request.hash => Ok(()),
+                _ => Err(NodeError::NotFound),
+            },
+        )
+    }
     fn shard_info(&self, _: DeviceId, shard: ShardId) -> NodeResult<ShardInfo> {
         self.call(
             |_| false,
             |state| {
-                let found = state.shards.get(&shard).ok_or(NodeError::NotFound)?;
+                let found = state.shards.get(&shard).ok_or(state.absent())?;
                 Ok(ShardInfo { shard, bytes: found.bytes.len() as u64, hash: found.hash, open: found.open })
             },
         )

@@ -7,6 +7,7 @@ mod fake;
 mod holes;
 mod late;
 mod members;
+mod moves;
 mod read;
 mod real;
 mod rows;

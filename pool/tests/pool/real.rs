@@ -41,12 +41,15 @@ impl Real {
             let node = open(&env, number, &disk).await;
             let api = Arc::clone(&node) as Arc<dyn NodeApi>;
             let domain = format!("host-{number}").into();
-            devices.insert(device(number), DeviceView { node: api, domain, up: true, sector: 4096, free: 0 });
+            devices.insert(
+                device(number),
+                DeviceView { node: api, domain, up: true, leaving: false, sector: 4096, free: 0 },
+            );
             disks.push(disk);
             nodes.push(node);
         }
         let table = vec![(0..scheme.width()).map(|number| Some(device(number))).collect()];
-        let view = PoolView { epoch: Epoch(1), table, devices };
+        let view = PoolView { epoch: Epoch(1), table, before: Vec::new(), devices };
         let config = PoolConfig::new(PoolId(1), "real", scheme);
         let pool = Pool::new(env.clone(), config, Arc::new(view.clone()), BufPool::new(0, 4 << 20)).unwrap();
         Self { env, pool, disks, nodes, view }

@@ -1,7 +1,7 @@
 //! What a node is asked.
 
 use crate::codec::{Malformed, Reader, Writer, structures};
-use crate::node::{CreateMember, PutShard};
+use crate::node::{CreateMember, HoldShard, PutShard};
 use crate::payload::Payload;
 use xsan_env::{Buf, BufPool};
 use xsan_types::{
@@ -31,6 +31,7 @@ pub mod operation {
     pub const LIST_SHARDS: u16 = 17;
     pub const APPEND_SHARD: u16 = 18;
     pub const FINISH_SHARD: u16 = 19;
+    pub const HOLD_SHARD: u16 = 20;
 }
 
 /// A call of `NodeApi` with its arguments. Each variant is the call of that name.
@@ -56,10 +57,12 @@ pub enum NodeRequest {
     ListShards { device: DeviceId, volume: VolumeId, after: Option<ShardId>, limit: u32 },
     AppendShard { device: DeviceId, incarnation: Incarnation, shard: ShardId, offset: u64, data: Vec<Buf> },
     FinishShard { device: DeviceId, incarnation: Incarnation, shard: ShardId, bytes: u64, hash: [u8; 32] },
+    HoldShard(HoldShard),
 }
 
 structures! {
     CreateMember { device: DeviceId, volume: VolumeId, set: SetId, manifest: Vec<SealedSegment> }
+    HoldShard { device: DeviceId, shard: ShardId, epoch: Epoch, hash: [u8; 32] }
 }
 
 /// Writes the fixed part of a request field by field.
@@ -91,6 +94,7 @@ impl NodeRequest {
             Self::ListShards { .. } => operation::LIST_SHARDS,
             Self::AppendShard { .. } => operation::APPEND_SHARD,
             Self::FinishShard { .. } => operation::FINISH_SHARD,
+            Self::HoldShard(_) => operation::HOLD_SHARD,
         }
     }
 
@@ -140,6 +144,7 @@ impl NodeRequest {
             Self::RepairShard { device, shard, offset, data: _ } => put!(out, device, shard, offset),
             Self::ShardInfo { device, shard } | Self::VerifyShard { device, shard } => put!(out, device, shard),
             Self::DeleteSegments(segments) => out.put(segments),
+            Self::HoldShard(request) => out.put(request),
             Self::ListShards { device, volume, after, limit } => put!(out, device, volume, after, limit),
             Self::AppendShard { device, incarnation, shard, offset, data: _ } => {
                 put!(out, device, incarnation, shard, offset);
@@ -226,6 +231,7 @@ impl NodeRequest {
             operation::SHARD_INFO => Self::ShardInfo { device: input.get()?, shard: input.get()? },
             operation::VERIFY_SHARD => Self::VerifyShard { device: input.get()?, shard: input.get()? },
             operation::DELETE_SEGMENTS => Self::DeleteSegments(input.get()?),
+            operation::HOLD_SHARD => Self::HoldShard(input.get()?),
             operation::LIST_SHARDS => Self::ListShards {
                 device: input.get()?,
                 volume: input.get()?,

@@ -119,6 +119,7 @@ fn call(node: &dyn NodeApi, request: NodeRequest) -> Running {
         Ask::AppendShard { device, incarnation, shard, offset, data } => {
             Running::Length(node.append_shard(device, incarnation, shard, offset, data))
         }
+        Ask::HoldShard(request) => Running::Done(node.hold_shard(request)),
         Ask::FinishShard { device, incarnation, shard, bytes, hash } => {
             Running::Done(node.finish_shard(device, incarnation, shard, bytes, hash))
         }

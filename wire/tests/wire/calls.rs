@@ -4,7 +4,7 @@ use crate::support::*;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use xsan_types::{DeviceId, Epoch, FlushRequest, Generation, Incarnation, RegisterView, VolumeId};
-use xsan_wire::node::{CreateMember, NodeApi, NodeError, PutShard};
+use xsan_wire::node::{CreateMember, HoldShard, NodeApi, NodeError, PutShard};
 use xsan_wire::{Ca, Class, RemoteNode};
 
 const DEVICE: DeviceId = DeviceId(8 << 70);
@@ -38,6 +38,10 @@ async fn every_call(node: &dyn NodeApi) -> Vec<String> {
         format!("{:?}", node.registered(RegisterView { set: None, deleted: false, ..view }).await),
         format!("{:?}", node.shard_info(DEVICE, shard(1)).await),
         format!("{:?}", node.verify_shard(DEVICE, shard(1)).await),
+        format!(
+            "{:?}",
+            node.hold_shard(HoldShard { device: DEVICE, shard: shard(1), epoch: Epoch(2), hash: [4; 32] }).await
+        ),
         format!("{:?}", node.delete_segments(vec![segment(1), segment(2)]).await),
         format!("{:?}", node.list_shards(DEVICE, VOLUME, Some(shard(1)), 10).await),
         format!("{:?}", node.list_shards(DEVICE, VOLUME, None, u32::MAX).await),

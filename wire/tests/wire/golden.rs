@@ -13,7 +13,7 @@ use xsan_wire::codec::{Reader, WireVersion, Writer};
 use xsan_wire::frame::{Bounds, FLAG_PIECES, Header, Input, Kind, Output};
 use xsan_wire::handshake::{Hello, Welcome};
 use xsan_wire::message::{NodeAnswer, NodeRequest, get_error, operation, put_error};
-use xsan_wire::node::{CreateMember, CreatedMember, DeviceStatus, NodeError, PutShard, ShardInfo};
+use xsan_wire::node::{CreateMember, CreatedMember, DeviceStatus, HoldShard, NodeError, PutShard, ShardInfo};
 use xsan_wire::payload::Payload;
 use xsan_wire::{Class, Refusal};
 
@@ -58,6 +58,7 @@ fn requests() -> Vec<NodeRequest> {
         Ask::ListShards { device, volume, after: Some(shard(1)), limit: 100 },
         Ask::AppendShard { device, incarnation: Incarnation(99), shard: shard(1), offset: 65_536, data: vec![data()] },
         Ask::FinishShard { device, incarnation: Incarnation(99), shard: shard(1), bytes: 65_540, hash: [0xcd; 32] },
+        Ask::HoldShard(HoldShard { device, shard: shard(2), epoch: Epoch(4), hash: [0xce; 32] }),
     ]
 }
 

@@ -3,6 +3,7 @@
 use crate::support::*;
 use std::io::IoSlice;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use xsan_env::{BufPool, Env, Stream};
 use xsan_types::{ClusterId, NodeId};
 use xsan_wire::frame::{Bounds, Header, Input, Kind, META_BYTES_MAX, Output};
@@ -64,6 +65,25 @@ fn a_removed_node_is_refused() {
         let peer = Peer::new(&endpoint(&env, CLIENT), SERVER, &direct.connector());
         let far = Pair { node, server, direct, remote: RemoteNode::new(Arc::clone(&peer)), peer };
         assert_says(&refusal(&endpoint(&env, NodeId(9)), &far).await, &["does not know this node as a member"]);
+    });
+}
+
+#[test]
+fn a_node_that_is_removed_during_its_handshake_is_served_nothing() {
+    run(|env| async move {
+        // It is still a member when it says who it is, and the removal finds no connection of it to cut.
+        let asked = AtomicUsize::new(0);
+        let admission = move |node| node != CLIENT || asked.fetch_add(1, Ordering::Relaxed) == 0;
+        let node = Arc::new(Recorder::default());
+        let api: Arc<dyn NodeApi> = Arc::<Recorder>::clone(&node);
+        let services = Services::new().with_node(api).with_admission(Arc::new(admission));
+        let server = Server::new(&endpoint(&env, SERVER), services);
+        let direct = Direct::new(&server);
+        let remote = RemoteNode::new(Peer::new(&endpoint(&env, CLIENT), SERVER, &direct.connector()));
+        assert!(remote.confirm(member()).await.is_err());
+        assert_eq!(node.asked(), 0);
+        let other = RemoteNode::new(Peer::new(&endpoint(&env, NodeId(3)), SERVER, &direct.connector()));
+        assert_eq!(other.confirm(member()).await, Ok(()), "the server goes on");
     });
 }
 

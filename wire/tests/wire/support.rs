@@ -10,7 +10,9 @@ use xsan_types::{
     ClosedMember, ClusterId, Crc32c, DeviceId, FlushRequest, Generation, Incarnation, MemberRef, MemberState, NodeId,
     OpenReplica, PgId, PoolId, RegisterView, SealedSegment, SegmentName, SetId, ShardId, ShardIndex, VolumeId, crc32c,
 };
-use xsan_wire::node::{CreateMember, CreatedMember, DeviceStatus, NodeApi, NodeError, NodeResult, PutShard, ShardInfo};
+use xsan_wire::node::{
+    CreateMember, CreatedMember, DeviceStatus, HoldShard, NodeApi, NodeError, NodeResult, PutShard, ShardInfo,
+};
 use xsan_wire::{Ca, Connect, Endpoint, Limits, NodeKey, Peer, RemoteNode, Server, Services, Tls};
 
 pub const CLUSTER: ClusterId = ClusterId(0xc1);
@@ -312,6 +314,9 @@ impl NodeApi for Recorder {
     }
     fn repair_shard(&self, device: DeviceId, shard: ShardId, offset: u64, data: Buf) -> NodeResult<()> {
         self.answer(format!("repair {device} {shard} {offset} {}", seen(&[data])), ())
+    }
+    fn hold_shard(&self, request: HoldShard) -> NodeResult<()> {
+        self.answer(format!("hold {} {} {}", request.device, request.shard, request.epoch), ())
     }
     fn shard_info(&self, device: DeviceId, shard: ShardId) -> NodeResult<ShardInfo> {
         self.answer(format!("info {device} {shard}"), info(false))

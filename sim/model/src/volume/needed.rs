@@ -1,0 +1,40 @@
+//! Where each rule of a volume is missed, in few states.
+
+use super::VolumeRule;
+
+/// For each rule bounds within which a promise breaks without it and none breaks with it.
+pub(super) const NEEDED: &[(VolumeRule, &str)] = &[
+    (VolumeRule::NewGeneration, "w=1 take=1 reads"),
+    (VolumeRule::NewestWins, "w=2 seal=2 take=1"),
+    (VolumeRule::CopiesKeepVersion, "w=2 seal=1 clean=1 take=1"),
+    (VolumeRule::Conditional, "w=1 sc=1 take=1"),
+    (VolumeRule::Incarnations, "w=1 flush=1 power=1 lost=1 take=1"),
+    (VolumeRule::UnknownIsLost, "w=1 disk=1 take=1"),
+    (VolumeRule::Contiguous, "w=2 take=1"),
+    (VolumeRule::JournalAcknowledges, "w=1 seal=1 take=1"),
+    (VolumeRule::FlushBeginsAfter, "w=1 flush=1 blackout=1 take=1"),
+    (VolumeRule::FlushAwaitsSealed, "w=1 seal=1 flush=1 blackout=1 take=1"),
+    (VolumeRule::CopyFirst, "w=1 sc=1 take=1"),
+    (VolumeRule::CopyFlushed, "w=1 flush=1 sc=1 blackout=1 take=1"),
+    (VolumeRule::CopyManifest, "w=1 seal=1 sc=1 take=1"),
+    (VolumeRule::BothSets, "w=1 sc=1 take=1 slow"),
+    (VolumeRule::FreeOlderSetsOnly, "w=1 sc=1 take=1 garbage"),
+    (VolumeRule::NoSetNoNews, "w=1 over=1 take=2 garbage"),
+    (VolumeRule::ShardsFlushed, "w=1 seal=1 flush=1 blackout=1 take=1"),
+    (VolumeRule::NameBeforeFree, "w=1 seal=1 take=1"),
+    (VolumeRule::DeleteAfterCheckpoint, "w=1 seal=2 ck=1 clean=1 slow"),
+    (VolumeRule::TrimAfterCheckpoint, "w=1 seal=1 ck=1 take=1 slow"),
+    (VolumeRule::DeleteAwaitsReads, "w=2 seal=2 ck=1 reads"),
+    (VolumeRule::ReadsConfirmed, "w=1 take=1 reads"),
+    (VolumeRule::TakerWaits, "w=1 take=1 reads window"),
+    (VolumeRule::HandOverSealed, "w=1 over=1 take=1"),
+    (VolumeRule::HandOverWaited, "w=1 over=1 take=2 reads window"),
+    (VolumeRule::CloseDrains, "w=1 take=1 inflight"),
+    (VolumeRule::WholeMember, "w=1 power=1 take=1"),
+    (VolumeRule::StateInEveryAnswer, "w=1 power=1 take=1"),
+    (VolumeRule::DamageIsKnown, "w=1 rot=1 take=1"),
+    (VolumeRule::WaitForShards, "w=1 seal=1 pc=2 take=1"),
+    (VolumeRule::StraysIgnored, "w=1 seal=1 lost=1 take=1"),
+    (VolumeRule::CommitTogether, "w=1 take=2 oc=1 slow"),
+    (VolumeRule::ServeAfterCommit, "w=2 take=2 slow"),
+];
