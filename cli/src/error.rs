@@ -20,6 +20,9 @@ pub enum ClusterError {
     /// No such node.
     #[error("there is no node {0:?}")]
     NoNode(String),
+    /// No such device.
+    #[error("there is no device {0:?}")]
+    NoDevice(String),
     /// The volume has clients.
     #[error("volume {name:?} is in use by {clients} client(s)")]
     InUse {
@@ -42,6 +45,14 @@ pub enum ClusterError {
     /// A node does not answer.
     #[error("{0} does not answer")]
     NoAnswer(NodeId),
+    /// Another process is this node.
+    #[error("node {node} runs already, at {address}: this directory is a copy of its files")]
+    Cloned {
+        /// Its name.
+        node: String,
+        /// Where the other one answers.
+        address: String,
+    },
     /// The directory is that of no member.
     #[error("{0} is no node of a cluster yet")]
     NoMember(PathBuf),
@@ -51,6 +62,14 @@ pub enum ClusterError {
     /// A disk that should become a device holds something.
     #[error("{0} is not blank: it holds data, a file system or another device of a cluster")]
     Used(PathBuf),
+    /// A disk that is a device already, of somebody else.
+    #[error("{path} belongs to {owner}; nothing on it was changed")]
+    Foreign {
+        /// Where.
+        path: PathBuf,
+        /// Whose it is.
+        owner: String,
+    },
     /// A host could not join.
     #[error("cannot join: {0}")]
     Join(String),
@@ -123,11 +142,11 @@ impl ClusterError {
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::NoVolume(_) | Self::NoPool(_) | Self::NoNode(_) => ErrorKind::NotFound,
+            Self::NoVolume(_) | Self::NoPool(_) | Self::NoNode(_) | Self::NoDevice(_) => ErrorKind::NotFound,
             Self::InUse { .. } | Self::NodeCount { .. } | Self::Invalid(_) | Self::Name(_) => ErrorKind::Invalid,
             Self::ServedElsewhere { .. } | Self::NoAnswer(_) | Self::HandOver(_) => ErrorKind::Unavailable,
             Self::NoMember(_) => ErrorKind::NotFound,
-            Self::Member(_) | Self::Used(_) => ErrorKind::Exists,
+            Self::Cloned { .. } | Self::Foreign { .. } | Self::Member(_) | Self::Used(_) => ErrorKind::Exists,
             Self::Join(_) => ErrorKind::Invalid,
             Self::Closing => ErrorKind::Closed,
             Self::Busy(_) => ErrorKind::Unavailable,
@@ -149,6 +168,7 @@ impl ClusterError {
             Self::NoVolume(_) => "see `xsan volume list`".into(),
             Self::NoPool(_) => "see `xsan pool list`".into(),
             Self::NoNode(_) => "see `xsan node list`".into(),
+            Self::NoDevice(_) => "see `xsan device list`".into(),
             Self::InUse { name, .. } => {
                 format!("disconnect its clients, or cut them off with `xsan volume delete {name} --force`")
             }
@@ -161,11 +181,20 @@ impl ClusterError {
                     path.display()
                 )
             }
+            Self::Cloned { .. } => {
+                "end this copy for good; to move a node to another host, stop it there first; for one more node: a directory of its own and `xsan node join`".into()
+            }
+            Self::Foreign { .. } => {
+                "take it out of `devices` in xsan.toml, or put it back into the host it came from".into()
+            }
             Self::Member(_) => "start it with `xsan node run`, or name another directory".into(),
             Self::Busy(dir) => {
                 format!("stop the other process, or talk to it: `xsan --admin {}`", dir.join("admin.sock").display())
             }
             Self::NodeCount { found, .. } => format!("leave `--nodes` out, or pass `--nodes {found}`"),
+            Self::Meta(MetaError::DeviceInUse(_)) => {
+                "empty it first: `xsan node drain NAME` or `xsan device remove DEVICE`".into()
+            }
             Self::Meta(MetaError::NameTaken) => "choose another name".into(),
             Self::Meta(MetaError::PoolInUse(_)) => "delete its volumes first: `xsan volume list`".into(),
             Self::Meta(MetaError::Placement(_)) => {

@@ -81,6 +81,9 @@ pub struct StatusExtent {
 /// Offsets and lengths are bytes, already checked by the gateway to lie inside the size (as of [`Export::info`]) and to
 /// be multiples of `block_min`. `fua`: the change is on stable media on every journal member when the future completes.
 pub trait Export: Send + Sync + 'static {
+    /// Identity of what is served, in this process: it stays the same under every name the export gets, and no other
+    /// export ever has it. Clients are counted, cut and kept apart by it (P12); names are for finding and for people.
+    fn key(&self) -> String;
     /// Current description; cheap. The size grows on resize (clients learn it at their next connection).
     fn info(&self) -> ExportInfo;
     /// Reads `length` bytes.

@@ -33,6 +33,8 @@ pub struct Counters {
 
 /// A volume in memory.
 pub struct MemoryExport {
+    /// The name it was made with.
+    key: String,
     info: Mutex<ExportInfo>,
     pool: BufPool,
     shards: Vec<Mutex<BTreeMap<u64, Chunk>>>,
@@ -90,12 +92,17 @@ impl MemoryExport {
     #[must_use]
     pub fn with_info(info: ExportInfo, pool: BufPool) -> Self {
         let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
-        Self { info: Mutex::new(info), pool, shards, counters: Counters::default() }
+        Self { key: info.name.clone(), info: Mutex::new(info), pool, shards, counters: Counters::default() }
     }
 
     /// Changes the size; what lies behind a smaller one is kept but out of reach.
     pub fn resize(&self, size: u64) {
         self.info.lock().unwrap_or_else(PoisonError::into_inner).size = size;
+    }
+
+    /// Changes the name; the key stays the name it was made with.
+    pub fn rename(&self, name: &str) {
+        name.clone_into(&mut self.info.lock().unwrap_or_else(PoisonError::into_inner).name);
     }
 
     fn shard(&self, chunk: u64) -> MutexGuard<'_, BTreeMap<u64, Chunk>> {
@@ -251,6 +258,10 @@ impl MemoryExport {
 }
 
 impl Export for MemoryExport {
+    fn key(&self) -> String {
+        self.key.clone()
+    }
+
     fn info(&self) -> ExportInfo {
         self.info.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -292,29 +303,35 @@ impl Export for MemoryExport {
     }
 }
 
-/// A fixed set of exports.
+/// A fixed set of exports, found by the names they have now.
 #[derive(Default)]
-pub struct MemoryExports(BTreeMap<String, Arc<dyn Export>>);
+pub struct MemoryExports(Vec<Arc<dyn Export>>);
 
 impl MemoryExports {
-    /// The given exports under their own names.
+    /// The given exports.
     #[must_use]
     pub fn new(exports: impl IntoIterator<Item = Arc<dyn Export>>) -> Self {
-        Self(exports.into_iter().map(|export| (export.info().name, export)).collect())
+        Self(exports.into_iter().collect())
+    }
+
+    fn named(&self, name: &str) -> Option<Arc<dyn Export>> {
+        self.0.iter().find(|export| export.info().name == name).cloned()
     }
 }
 
 impl Exports for MemoryExports {
     fn list(&self) -> BoxFuture<'static, Vec<(String, String)>> {
-        let names = self.0.values().map(|export| export.info()).map(|info| (info.name, info.description)).collect();
+        let infos = self.0.iter().map(|export| export.info());
+        let mut names: Vec<_> = infos.map(|info| (info.name, info.description)).collect();
+        names.sort();
         Box::pin(ready(names))
     }
 
     fn info(&self, name: &str, _: Transport) -> BoxFuture<'static, Option<ExportInfo>> {
-        Box::pin(ready(self.0.get(name).map(|export| export.info())))
+        Box::pin(ready(self.named(name).map(|export| export.info())))
     }
 
     fn open(&self, name: &str, _: Transport) -> BoxFuture<'static, Result<Arc<dyn Export>, OpenError>> {
-        Box::pin(ready(self.0.get(name).cloned().ok_or(OpenError::NotFound)))
+        Box::pin(ready(self.named(name).ok_or(OpenError::NotFound)))
     }
 }

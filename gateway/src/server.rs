@@ -74,6 +74,20 @@ impl Server {
         }))
     }
 
+    /// The same gateway with other exports, for a listener that offers less: connections, bounds and shutdown are shared, so that
+    /// P12 holds among all of them.
+    #[must_use]
+    pub fn with_exports(&self, exports: Arc<dyn Exports>) -> Self {
+        let Shared { env, pool, limits, admission, sessions, .. } = &*self.0;
+        let (env, pool, limits) = (env.clone(), pool.clone(), *limits);
+        Self(Arc::new(Shared { env, pool, exports, limits, admission: admission.clone(), sessions: sessions.clone() }))
+    }
+
+    /// Closes the connections on the export with that key that came over TCP, and waits until their requests are finished.
+    pub async fn disconnect_remote(&self, key: &str) {
+        self.0.sessions.disconnect_from(key, Transport::Tcp).await;
+    }
+
     /// Accepts connections until [`Server::shutdown`] or until the handle is aborted.
     #[must_use = "abort the task to close the listener alone; dropping the handle lets it run"]
     pub fn listen(&self, listener: Listener, tls: Tls) -> TaskHandle {
@@ -131,10 +145,10 @@ impl Server {
         }
     }
 
-    /// The clients of an export, oldest first.
+    /// The clients of the export with that key ([`crate::Export::key`]), oldest first.
     #[must_use]
-    pub fn clients(&self, export: &str) -> Vec<ClientInfo> {
-        self.0.sessions.clients(export)
+    pub fn clients(&self, key: &str) -> Vec<ClientInfo> {
+        self.0.sessions.clients(key)
     }
 
     /// Connections, counting those still in their handshake.
@@ -149,10 +163,10 @@ impl Server {
         self.0.admission.used()
     }
 
-    /// Closes every connection on the export and waits until their requests are finished. Whether a client may come
-    /// back is up to [`Exports::open`].
-    pub async fn disconnect(&self, export: &str) {
-        self.0.sessions.disconnect(export).await;
+    /// Closes every connection on the export with that key ([`crate::Export::key`]) and waits until their requests are
+    /// finished. Whether a client may come back is up to [`Exports::open`].
+    pub async fn disconnect(&self, key: &str) {
+        self.0.sessions.disconnect(key).await;
     }
 
     /// Stops: listeners close, requests under way are finished and answered, later ones are answered with ESHUTDOWN,

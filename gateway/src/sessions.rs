@@ -52,8 +52,8 @@ pub struct ClientStats {
 pub struct ClientInfo {
     /// Number of the connection in this process.
     pub id: u64,
-    /// The export it uses (canonical name).
-    pub export: String,
+    /// The export it uses ([`crate::Export::key`]).
+    pub key: String,
     /// Where it comes from.
     pub peer: Peer,
     /// Over TLS.
@@ -118,9 +118,9 @@ impl Session {
     }
 }
 
-/// A connection's place on an export. `arrival` numbers entries, newest highest.
+/// A connection's place on an export (by its key). `arrival` numbers entries, newest highest.
 struct Place {
-    export: String,
+    key: String,
     multi_conn: bool,
     arrival: u64,
 }
@@ -191,11 +191,11 @@ impl Sessions {
         Ok(Guard { sessions: self.clone(), session })
     }
 
-    /// The clients of an export, oldest first.
-    pub(crate) fn clients(&self, export: &str) -> Vec<ClientInfo> {
+    /// The clients of the export with that key, oldest first.
+    pub(crate) fn clients(&self, key: &str) -> Vec<ClientInfo> {
         let table = self.lock();
-        let on_export = |entry: &&Entry| entry.place.as_ref().is_some_and(|place| place.export == export);
-        table.open.values().filter(on_export).map(|entry| client_info(&entry.session, export)).collect()
+        let on_export = |entry: &&Entry| entry.place.as_ref().is_some_and(|place| place.key == key);
+        table.open.values().filter(on_export).map(|entry| client_info(&entry.session, key)).collect()
     }
 
     /// Connections, in the handshake or on an export.
@@ -203,12 +203,21 @@ impl Sessions {
         self.lock().open.len()
     }
 
-    /// Cuts every connection on the export and waits until their requests are finished or dropped.
-    pub(crate) async fn disconnect(&self, export: &str) {
-        let older = |place: &Place| place.export == export;
+    /// Cuts every connection on the export with that key and waits until their requests are finished or dropped.
+    pub(crate) async fn disconnect(&self, key: &str) {
+        let there = |place: &Place| place.key == key;
         // Only those that are there now: a client that comes back meanwhile is the caller's to refuse.
         let border = self.lock().next;
-        self.cut_and_wait(|place| older(place) && place.arrival <= border, || false).await;
+        self.cut_and_wait(|_, place| there(place) && place.arrival <= border, || false).await;
+    }
+
+    /// As [`Sessions::disconnect`], of those that came this way.
+    pub(crate) async fn disconnect_from(&self, key: &str, transport: Transport) {
+        let border = self.lock().next;
+        let there = |session: &Session, place: &Place| {
+            session.peer.transport == transport && place.key == key && place.arrival <= border
+        };
+        self.cut_and_wait(there, || false).await;
     }
 
     /// Orders everybody; from [`Order::Drain`] on nobody is let in any more.
@@ -246,10 +255,11 @@ impl Sessions {
         }
     }
 
-    async fn cut_and_wait(&self, matches: impl Fn(&Place) -> bool, give_up: impl Fn() -> bool) {
+    async fn cut_and_wait(&self, matches: impl Fn(&Session, &Place) -> bool, give_up: impl Fn() -> bool) {
         self.wait(|table| {
             let mut found = false;
-            for entry in table.open.values().filter(|entry| entry.place.as_ref().is_some_and(&matches)) {
+            let is_meant = |entry: &&Entry| entry.place.as_ref().is_some_and(|place| matches(&entry.session, place));
+            for entry in table.open.values().filter(is_meant) {
                 entry.session.give(Order::Cut);
                 found = true;
             }
@@ -259,10 +269,10 @@ impl Sessions {
     }
 }
 
-fn client_info(session: &Session, export: &str) -> ClientInfo {
+fn client_info(session: &Session, key: &str) -> ClientInfo {
     ClientInfo {
         id: session.id,
-        export: export.to_owned(),
+        key: key.to_owned(),
         peer: session.peer.clone(),
         encrypted: session.encrypted.load(Ordering::Relaxed),
         since: session.since,
@@ -285,12 +295,12 @@ impl Guard {
         &self.session.peer
     }
 
-    /// Takes a place on an export (P12). Every older connection there is cut and waited for, unless both it and this one
-    /// are multi-conn: only then a flush on one covers the other.
+    /// Takes a place on the export with that key (P12). Every older connection there is cut and waited for, unless both
+    /// it and this one are multi-conn: only then a flush on one covers the other.
     ///
     /// # Errors
     /// [`Turned`]: the server stops, or a newer connection came while this one waited. Close.
-    pub(crate) async fn enter(&self, export: &str, multi_conn: bool) -> Result<(), Turned> {
+    pub(crate) async fn enter(&self, key: &str, multi_conn: bool) -> Result<(), Turned> {
         let arrival = {
             let mut table = self.sessions.lock();
             if table.stopping {
@@ -299,12 +309,13 @@ impl Guard {
             table.next += 1;
             let arrival = table.next;
             if let Some(entry) = table.open.get_mut(&self.session.id) {
-                entry.place = Some(Place { export: export.to_owned(), multi_conn, arrival });
+                entry.place = Some(Place { key: key.to_owned(), multi_conn, arrival });
             }
             arrival
         };
-        let conflicts =
-            |place: &Place| place.export == export && place.arrival < arrival && !(multi_conn && place.multi_conn);
+        let conflicts = |_: &Session, place: &Place| {
+            place.key == key && place.arrival < arrival && !(multi_conn && place.multi_conn)
+        };
         let replaced = || self.session.order_now() >= Order::Cut;
         let wait = self.sessions.cut_and_wait(conflicts, replaced);
         let mut wait = std::pin::pin!(wait);

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use xsan_placement::{
     DeviceState, FailureDomain, PlacementError, Shape, assign, assign_with_holes, suggested_pg_count,
 };
-use xsan_types::{DeviceId, NodeId, PoolId, RegisterError, Scheme, SetId, VolumeId};
+use xsan_types::{DeviceId, Epoch, NodeId, PoolId, RegisterError, Scheme, SetId, VolumeId};
 
 impl MetaState {
     /// Applies one command.
@@ -32,6 +32,8 @@ impl MetaState {
             Command::PlanMove { pool, holes_allowed } => self.plan_move(*pool, *holes_allowed),
             Command::FinishMove { pool } => self.end_move(*pool, true),
             Command::CancelMove { pool } => self.end_move(*pool, false),
+            Command::PlaceEmptied { pool, map_epoch, device } => self.place_emptied(*pool, *map_epoch, *device),
+            Command::RemoveDevice { device } => self.remove_device(*device),
             Command::CreateVolume { name, pool, size, ack } => self.create_volume(name, *pool, *size, *ack),
             Command::RenameVolume { volume, name } => self.rename_volume(*volume, name),
             Command::SetVolumePolicy { volume, ack } => {
@@ -53,6 +55,7 @@ impl MetaState {
                 let writer = Writer { generation: *generation, version: *version, token: *token, digest };
                 self.change_register(*volume, writer, Change::Unpin(*segment))
             }
+            Command::ServiceAddress(command) => self.apply_address(command),
             Command::SetAuthority(_)
             | Command::AddToken { .. }
             | Command::RevokeToken { .. }
@@ -107,10 +110,14 @@ impl MetaState {
         if self.devices.contains_key(&device) {
             return Err(MetaError::DeviceKnown(device));
         }
+        if self.removed_devices.contains(&device) {
+            return Err(MetaError::DeviceRemoved(device));
+        }
         if capacity == 0 {
             return Err(MetaError::NoCapacity);
         }
         self.devices.insert(device, DeviceRecord { id: device, node, capacity, state: DeviceState::In });
+        self.settle_draining(node);
         self.bump_epoch();
         Ok(Outcome::Done)
     }
@@ -134,8 +141,52 @@ impl MetaState {
         if let Some(node) = self.nodes.get_mut(&id) {
             node.state = to;
         }
+        if to == NodeState::Up {
+            self.settle_draining(id);
+        }
         self.bump_epoch();
         Ok(Outcome::Done)
+    }
+
+    /// A node that is up and whose devices are all out is draining; else it is not.
+    fn settle_draining(&mut self, id: NodeId) {
+        let states: Vec<DeviceState> = self.devices_of(id).map(|device| device.state).collect();
+        let is_out = !states.is_empty() && states.iter().all(|state| *state == DeviceState::Out);
+        match self.nodes.get_mut(&id) {
+            Some(node) if node.state == NodeState::Up && is_out => node.state = NodeState::Draining,
+            Some(node) if node.state == NodeState::Draining && !is_out => node.state = NodeState::Up,
+            _ => {}
+        }
+    }
+
+    fn remove_device(&mut self, id: DeviceId) -> Result<Outcome, MetaError> {
+        let node = self.devices.get(&id).ok_or(MetaError::NoDevice(id))?.node;
+        // A set that nobody serves now may be all that has a volume's newest writes.
+        let mut sets =
+            self.volumes.values().filter(|volume| !volume.is_deleted()).filter_map(|v| v.register().set.as_ref());
+        if self.is_placed(id) || sets.any(|set| set.members.iter().any(|member| member.device == id)) {
+            return Err(MetaError::DeviceInUse(id));
+        }
+        self.devices.remove(&id);
+        self.removed_devices.insert(id);
+        self.settle_draining(node);
+        self.bump_epoch();
+        Ok(Outcome::Done)
+    }
+
+    fn place_emptied(&mut self, id: PoolId, map_epoch: Epoch, device: DeviceId) -> Result<Outcome, MetaError> {
+        let pool = self.pools.get(&id).ok_or(MetaError::NoPool(id))?;
+        if pool.next.is_none() {
+            return Err(MetaError::NotMoving);
+        }
+        if pool.map_epoch != map_epoch {
+            return Err(MetaError::Outdated);
+        }
+        let mut left = self.devices_to_empty(pool);
+        if left.remove(&device) {
+            self.emptied.entry(id).or_default().insert(device);
+        }
+        if left.is_empty() { self.end_move(id, true) } else { Ok(Outcome::Done) }
     }
 
     /// Whether a table, present or planned, names the device.
@@ -149,6 +200,8 @@ impl MetaState {
         let device = self.devices.get_mut(&id).ok_or(MetaError::NoDevice(id))?;
         if device.state != state {
             device.state = state;
+            let node = device.node;
+            self.settle_draining(node);
             self.bump_epoch();
         }
         Ok(Outcome::Done)
@@ -192,6 +245,7 @@ impl MetaState {
             return Err(MetaError::PoolInUse(volume.id));
         }
         self.pools.remove(&id);
+        self.emptied.remove(&id);
         self.bump_epoch();
         Ok(Outcome::Done)
     }
@@ -217,6 +271,7 @@ impl MetaState {
     fn end_move(&mut self, id: PoolId, done: bool) -> Result<Outcome, MetaError> {
         let pool = self.pools.get_mut(&id).ok_or(MetaError::NoPool(id))?;
         let next = pool.next.take().ok_or(MetaError::NotMoving)?;
+        self.emptied.remove(&id);
         if done {
             pool.table = next;
         }
@@ -271,6 +326,7 @@ impl MetaState {
         if volume.is_deleted() && self.volume_names.get(&volume.name) == Some(&id) {
             self.volume_names.remove(&volume.name);
             self.hosts.served.remove(&id);
+            self.addresses.remove(&id);
         }
         Ok(Outcome::Register(register))
     }
@@ -310,8 +366,17 @@ impl MetaState {
                 && set.generation <= register.generation;
             rule(holds, BrokenRule::Volume(*id))?;
         }
+        for (id, emptied) in &self.emptied {
+            let moves = self.pools.get(id).is_some_and(|pool| pool.next.is_some());
+            rule(moves && emptied.iter().all(|device| self.devices.contains_key(device)), BrokenRule::Pool(*id))?;
+        }
         for id in self.hosts.nodes.keys() {
             rule(self.node(*id).is_some(), BrokenRule::Host(*id))?;
+        }
+        for (id, record) in &self.addresses {
+            let alone =
+                self.addresses.values().filter(|other| other.place.address == record.place.address).count() == 1;
+            rule(self.volume(*id).is_some() && record.place.is_usable() && alone, BrokenRule::Address(*id))?;
         }
         let open = self.volumes.values().filter(|volume| !volume.is_deleted()).count();
         rule(open == self.volume_names.len(), BrokenRule::Names)?;
@@ -338,6 +403,9 @@ pub enum BrokenRule {
     /// A volume whose name, pool, size or generation does not fit.
     #[error("volume {0} does not fit its name, pool or register")]
     Volume(VolumeId),
+    /// An address without a volume, of several, or that no host may have.
+    #[error("the address of volume {0} does not fit")]
+    Address(VolumeId),
     /// A name without a volume.
     #[error("a name leads to no volume")]
     Names,

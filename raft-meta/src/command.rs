@@ -1,12 +1,13 @@
 //! What can be asked of the metadata. Stored in the log: see docs/format/meta.md before touching a variant.
 
+use crate::addresses::AddressCommand;
 use crate::hosts::{Authority, Candidacy, TokenRecord};
 use crate::name::Name;
 use crate::state::{AckPolicy, NodeState};
 use serde::{Deserialize, Serialize};
 use xsan_placement::{DeviceState, FailureDomain};
 use xsan_types::{
-    ChangeToken, DeviceId, Generation, NodeId, PoolId, Register, RegisterChange, Scheme, SegmentName, VolumeId,
+    ChangeToken, DeviceId, Epoch, Generation, NodeId, PoolId, Register, RegisterChange, Scheme, SegmentName, VolumeId,
 };
 
 /// A command. Version 1 of the envelope holds exactly this enum in postcard: variants are numbered in order and their fields
@@ -73,12 +74,12 @@ pub enum Command {
         /// Leave holes if there are fewer failure domains than positions (at least k).
         holes_allowed: bool,
     },
-    /// The move is done: the planned table is the table.
+    /// The planned table is the table at once, whatever has been carried. Moves end by `PlaceEmptied`.
     FinishMove {
         /// Which.
         pool: PoolId,
     },
-    /// The move is given up: the planned table is forgotten.
+    /// The planned table is forgotten at once: only before anybody has written by it.
     CancelMove {
         /// Which.
         pool: PoolId,
@@ -201,6 +202,23 @@ pub enum Command {
         /// Who; `None`: nobody any more.
         node: Option<NodeId>,
     },
+    /// All that a device held of positions that leave it is at their new places. When that is so for all of them the planned
+    /// table is the table (RFC 0006).
+    PlaceEmptied {
+        /// The pool that moves.
+        pool: PoolId,
+        /// The `map_epoch` of the pool under which it was seen: refused under another one.
+        map_epoch: Epoch,
+        /// Which.
+        device: DeviceId,
+    },
+    /// Forgets a device that no table names.
+    RemoveDevice {
+        /// Which.
+        device: DeviceId,
+    },
+    /// Service addresses (RFC 0007).
+    ServiceAddress(AddressCommand),
 }
 
 /// What a command that was not refused has done.

@@ -27,6 +27,9 @@ pub enum MetaError {
     /// The device is known already.
     #[error("device {0} is known already")]
     DeviceKnown(DeviceId),
+    /// The device was removed: its id is not taken back.
+    #[error("device {0} was removed; wipe its disk to use it again")]
+    DeviceRemoved(DeviceId),
     /// Another node of the same host names another rack or zone.
     #[error("{0} stands on the same host and names another rack or zone")]
     HostElsewhere(NodeId),
@@ -95,6 +98,12 @@ pub enum MetaError {
     /// A node that is not down cannot be replaced.
     #[error("{0} is not down: it cannot be replaced")]
     NotDown(NodeId),
+    /// No address that a host may have.
+    #[error("no host may have this address")]
+    AddressUnusable,
+    /// The address is another volume's.
+    #[error("the address is that of another volume ({0})")]
+    AddressTaken(VolumeId),
     /// The metadata has changed since the command was decided.
     #[error("the metadata has changed meanwhile")]
     Outdated,
@@ -111,7 +120,12 @@ impl MetaError {
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::NameTaken | Self::DeviceKnown(_) | Self::AuthorityKnown | Self::TokenKnown => ErrorKind::Exists,
+            Self::NameTaken
+            | Self::DeviceKnown(_)
+            | Self::DeviceRemoved(_)
+            | Self::AuthorityKnown
+            | Self::TokenKnown
+            | Self::AddressTaken(_) => ErrorKind::Exists,
             Self::TokenUnknown | Self::TokenExpired | Self::TokenUsedUp => ErrorKind::Fenced,
             Self::NoNode(_) | Self::NoDevice(_) | Self::NoPool(_) | Self::NoVolume(_) => ErrorKind::NotFound,
             Self::HostElsewhere(_)
@@ -125,6 +139,7 @@ impl MetaError {
             | Self::TextTooLong
             | Self::TooManyTokens
             | Self::NotDown(_)
+            | Self::AddressUnusable
             | Self::Outdated
             | Self::TooLarge { .. } => ErrorKind::Invalid,
             Self::IdsExhausted => ErrorKind::Internal,

@@ -3,19 +3,21 @@
 //! Parsing goes in order of trust: magic, version, checksum, lengths against bounds, then meaning. Nothing here panics on
 //! bytes; nothing allocates more than the input is long.
 
+use crate::addresses::AddressRecord;
 use crate::command::Command;
 use crate::error::FormatError;
 use crate::hosts::Hosts;
 use crate::single::{LOG_FILE, SNAPSHOT_FILE};
 use crate::state::MetaState;
-use xsan_types::{ClusterId, Crc32c, crc32c};
+use std::collections::{BTreeMap, BTreeSet};
+use xsan_types::{ClusterId, Crc32c, DeviceId, PoolId, VolumeId, crc32c};
 
 /// Newest version of the envelope around a command.
 pub const COMMAND_VERSION: u16 = 1;
 /// Newest version of the log file.
 pub const LOG_VERSION: u16 = 1;
 /// Newest version of the snapshot file.
-pub const SNAPSHOT_VERSION: u16 = 2;
+pub const SNAPSHOT_VERSION: u16 = 4;
 /// Largest encoded command.
 pub const COMMAND_BYTES_MAX: usize = 1 << 20;
 /// Largest payload of a frame; a writer closes a batch long before.
@@ -284,17 +286,23 @@ pub fn encode_snapshot(state: &MetaState, last_index: u64) -> Vec<u8> {
 
 /// The state in a snapshot of version `version`, which it fills to the end. Both kinds of snapshot count versions alike.
 ///
-/// Version 1 ends before the hosts: nothing was known of any.
+/// Version 1 ends before the hosts, version 2 before what moves have emptied, version 3 before addresses: nothing was
+/// known of any.
 pub(crate) fn decode_state(payload: &[u8], version: u16) -> Option<MetaState> {
-    let (state, rest) = if version == 1 {
-        let whole = postcard::to_extend(&Hosts::default(), payload.to_vec()).ok()?;
-        let (state, rest): (MetaState, &[u8]) = postcard::take_from_bytes(&whole).ok()?;
-        (state, rest.len())
-    } else {
-        let (state, rest): (MetaState, &[u8]) = postcard::take_from_bytes(payload).ok()?;
-        (state, rest.len())
-    };
-    (rest == 0).then_some(state)
+    let mut whole = std::borrow::Cow::Borrowed(payload);
+    if version < 2 {
+        whole = postcard::to_extend(&Hosts::default(), whole.into_owned()).ok()?.into();
+    }
+    if version < 3 {
+        let moves: (BTreeMap<PoolId, BTreeSet<DeviceId>>, BTreeSet<DeviceId>) = Default::default();
+        whole = postcard::to_extend(&moves, whole.into_owned()).ok()?.into();
+    }
+    if version < 4 {
+        let addresses: BTreeMap<VolumeId, AddressRecord> = BTreeMap::new();
+        whole = postcard::to_extend(&addresses, whole.into_owned()).ok()?.into();
+    }
+    let (state, rest): (MetaState, &[u8]) = postcard::take_from_bytes(&whole).ok()?;
+    rest.is_empty().then_some(state)
 }
 
 /// Reads a snapshot: the state and the number of the last command in it.

@@ -195,10 +195,7 @@ impl MetaState {
     }
 
     fn admit(&mut self, candidacy: &Candidacy) -> Result<Outcome, MetaError> {
-        bounded(&candidacy.address)?;
-        if candidacy.public_key.len() > KEY_BYTES_MAX {
-            return Err(MetaError::TextTooLong);
-        }
+        self.check_candidacy(candidacy)?;
         if let Some(id) = self.admitted_before(candidacy) {
             if let Some(record) = self.hosts.nodes.get_mut(&id) {
                 candidacy.address.clone_into(&mut record.address);
@@ -206,7 +203,6 @@ impl MetaState {
             }
             return Ok(Outcome::Node(id));
         }
-        self.check_token(candidacy)?;
         let id = match self.node_named(candidacy.name.as_str()).cloned() {
             Some(old) if candidacy.replaces => self.replace_node(&old, candidacy)?,
             _ => {
@@ -228,6 +224,28 @@ impl MetaState {
         Ok(Outcome::Node(id))
     }
 
+    /// Whether a host shows what lets it in. Its name and place are looked at when it is admitted; nothing changes here.
+    ///
+    /// # Errors
+    /// Why it is refused.
+    pub fn check_candidacy(&self, candidacy: &Candidacy) -> Result<(), MetaError> {
+        bounded(&candidacy.address)?;
+        if candidacy.public_key.len() > KEY_BYTES_MAX {
+            return Err(MetaError::TextTooLong);
+        }
+        let Some(id) = self.admitted_before(candidacy) else { return self.check_token(candidacy) };
+        // Everybody may know a name and a public key.
+        self.shown_token(candidacy)?;
+        let is_joining = self.node(id).is_some_and(|node| node.state == NodeState::Joining);
+        let is_same = self
+            .hosts
+            .nodes
+            .get(&id)
+            .is_some_and(|record| record.address == candidacy.address && record.replica == candidacy.replica);
+        // Once it was up, it tells itself where it is, and others count on its replica.
+        if is_joining || is_same { Ok(()) } else { Err(MetaError::NameTaken) }
+    }
+
     /// The node that an earlier copy of the same request made: its answer was lost.
     fn admitted_before(&self, candidacy: &Candidacy) -> Option<NodeId> {
         let known = self.node_named(candidacy.name.as_str())?;
@@ -235,12 +253,15 @@ impl MetaState {
         (record.public_key == candidacy.public_key).then_some(known.id)
     }
 
+    /// What is kept of the token that was shown, be it still good or not; `None`: the founder shows none.
+    fn shown_token(&self, candidacy: &Candidacy) -> Result<Option<&TokenRecord>, MetaError> {
+        let Some(shown) = candidacy.token else { return Ok(None) };
+        let known = self.hosts.tokens.get(&shown.number).filter(|known| known.secret_hash == shown.secret_hash);
+        known.map(Some).ok_or(MetaError::TokenUnknown)
+    }
+
     fn check_token(&self, candidacy: &Candidacy) -> Result<(), MetaError> {
-        let Some(shown) = candidacy.token else { return Ok(()) };
-        let known = self.hosts.tokens.get(&shown.number).ok_or(MetaError::TokenUnknown)?;
-        if known.secret_hash != shown.secret_hash {
-            return Err(MetaError::TokenUnknown);
-        }
+        let Some(known) = self.shown_token(candidacy)? else { return Ok(()) };
         if known.expires_millis <= candidacy.now_millis {
             return Err(MetaError::TokenExpired);
         }

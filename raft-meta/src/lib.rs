@@ -4,11 +4,12 @@
 //! [`MetaState::apply`] is a deterministic function of state and [`Command`], without clock, randomness or I/O. Around it
 //! stands [`Consensus`], which orders commands and makes them durable: [`RaftGroup`] (one voter or several), and
 //! [`SingleReplica`] (one log, one process; what clusters of `xsan dev` were made with). Reading order: [`state`], [`command`],
-//! [`apply`], [`hosts`], [`register`], [`consensus`], [`single`], [`mod@format`], [`inspect`], [`mod@raft`], [`detector`].
+//! [`apply`], [`hosts`], [`addresses`], [`register`], [`consensus`], [`single`], [`mod@format`], [`inspect`], [`mod@raft`], [`detector`].
 //!
 //! Bytes: docs/format/meta.md.
 #![forbid(unsafe_code)]
 
+pub mod addresses;
 pub mod apply;
 pub mod command;
 pub mod consensus;
@@ -23,6 +24,7 @@ pub mod register;
 pub mod single;
 pub mod state;
 
+pub use addresses::{AddressCommand, AddressRecord, ServiceAddress};
 pub use command::{Command, Outcome};
 pub use consensus::{Consensus, RegisterClient};
 pub use detector::{Beat, Detector, Observed, Reason, Verdict};

@@ -1,10 +1,11 @@
 //! What the cluster knows about itself. Data and queries; every change goes through [`MetaState::apply`].
 
+use crate::addresses::AddressRecord;
 use crate::hosts::Hosts;
 use crate::name::Name;
 use crate::register::VolumeRegister;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 use xsan_placement::{Device, DeviceState, FailureDomain, PgTable, PlacementError, Topology};
@@ -122,7 +123,7 @@ pub struct Pool {
     /// Where data is.
     #[serde(with = "shared")]
     pub table: Arc<PgTable>,
-    /// Where data is going, while it moves; readers try it first (P11).
+    /// Where data is going, while it moves: written there, and read there first (P11).
     #[serde(with = "shared_option")]
     pub next: Option<Arc<PgTable>>,
 }
@@ -198,6 +199,12 @@ pub struct MetaState {
     pub(crate) next_volume: VolumeId,
     /// Hosts as members of the cluster.
     pub hosts: Hosts,
+    /// Of pools that move: devices that hold nothing any more which is not at its new place (RFC 0006).
+    pub emptied: BTreeMap<PoolId, BTreeSet<DeviceId>>,
+    /// Devices that were removed: a node that was away then must not bring them back.
+    pub removed_devices: BTreeSet<DeviceId>,
+    /// Of volumes that have one (RFC 0007).
+    pub addresses: BTreeMap<VolumeId, AddressRecord>,
 }
 
 impl MetaState {
@@ -217,6 +224,9 @@ impl MetaState {
             next_pool: PoolId(1),
             next_volume: VolumeId(1),
             hosts: Hosts::default(),
+            emptied: BTreeMap::new(),
+            removed_devices: BTreeSet::new(),
+            addresses: BTreeMap::new(),
         }
     }
 
@@ -253,6 +263,16 @@ impl MetaState {
     /// Devices of a node.
     pub fn devices_of(&self, node: NodeId) -> impl Iterator<Item = &DeviceRecord> {
         self.devices.values().filter(move |device| device.node == node)
+    }
+
+    /// Devices that hold shards of a pool which now belong elsewhere, and have not said that all of them are there.
+    #[must_use]
+    pub fn devices_to_empty(&self, pool: &Pool) -> BTreeSet<DeviceId> {
+        let Some(next) = &pool.next else { return BTreeSet::new() };
+        let emptied = self.emptied.get(&pool.id);
+        let pairs = pool.table.positions.iter().flatten().zip(next.positions.iter().flatten());
+        let left = pairs.filter(|(from, to)| from != to && to.is_some()).filter_map(|(from, _)| *from);
+        left.filter(|device| emptied.is_none_or(|emptied| !emptied.contains(device))).collect()
     }
 
     /// The devices as placement sees them. Devices of nodes that join, drain or are removed are out.

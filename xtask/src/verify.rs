@@ -52,6 +52,13 @@ pub fn verify(fast: bool) -> Result<(), String> {
         }
     });
     run.step("lints", |root| cargo(root, &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]));
+    // What is in no release: broken rules and faults of the machine.
+    run.step("lints of the canary", |root| {
+        cargo(
+            root,
+            &["clippy", "-p", "xsan-cli", "--features", "canary", "--bin", "xsan-canary", "--", "-D", "warnings"],
+        )
+    });
     if !fast {
         run.step("licences and advisories", licences);
         run.step("documentation", |root| {
@@ -82,6 +89,11 @@ pub fn fix() -> Result<(), String> {
 }
 
 fn tests(root: &Path) -> Outcome {
+    // What the tests of the tests drive.
+    let canary = ["build", "--quiet", "-p", "xsan-cli", "--features", "canary", "--bin", "xsan-canary"];
+    if let Outcome::Failed = cargo(root, &canary) {
+        return Outcome::Failed;
+    }
     if installed(root, "nextest") {
         return cargo(root, &["nextest", "run", "--workspace", "--no-fail-fast", "--no-tests", "warn"]);
     }

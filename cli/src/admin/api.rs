@@ -1,5 +1,6 @@
 //! Requests and answers of the admin API. Field names are stable: scripts read them.
 
+use crate::cluster::facts::MetadataRole;
 use serde::{Deserialize, Serialize};
 use xsan_types::Scheme;
 
@@ -41,15 +42,39 @@ pub struct ClusterStatus {
     pub pools: Vec<PoolStatus>,
     /// Volumes.
     pub volumes: Vec<VolumeInfo>,
+    /// Pools whose data moves.
+    #[serde(default)]
+    pub moves: Vec<MoveStatus>,
     /// Sums over the process.
     pub counters: ProcessCounters,
+}
+
+/// Data on its way from one device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoveStatus {
+    /// The pool.
+    pub pool: String,
+    /// The device that is left.
+    pub device: String,
+    /// Its node.
+    pub node: String,
+    /// Bytes that are at their new places.
+    pub done_bytes: u64,
+    /// All of them; 0 while it is not known.
+    pub total_bytes: u64,
+    /// Bytes a second since it began.
+    pub rate: u64,
+    /// Seconds until it is done at that rate.
+    pub eta_seconds: Option<u64>,
+    /// Why it does not go on.
+    pub waits_for: Option<String>,
 }
 
 /// Something that is not as it should be.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
     /// What kind, for programs: `NODE_DOWN`, `NODE_SILENT`, `NODE_JOINING`, `DEVICE_FAILED`, `DEVICE_FULL`, `JOURNAL_SHORT`,
-    /// `POSITIONS_MISSING`, `POSITIONS_UNCHECKED`, `POOL_STALLED`, `VOLUME_WAITS`, `METADATA_SILENT`.
+    /// `POSITIONS_MISSING`, `POSITIONS_UNCHECKED`, `MOVE_WAITS`, `POOL_STALLED`, `VOLUME_WAITS`, `METADATA_SILENT`, `ADDRESS_FAULT`.
     pub code: String,
     /// `warning` (served, with less redundancy or soon not) or `error` (some I/O waits or fails).
     pub severity: String,
@@ -80,6 +105,8 @@ pub struct NodeStatus {
     pub host: String,
     /// Where other nodes reach it; empty for nodes that share a process.
     pub address: String,
+    /// `leader`, `voter` or `learner` of the metadata; null: it holds no replica, or all nodes share a process.
+    pub metadata: Option<MetadataRole>,
     /// Its devices.
     pub devices: Vec<DeviceInfo>,
     /// The first of its devices.
@@ -107,6 +134,9 @@ pub struct DeviceInfo {
     pub used: u64,
     /// It takes no more writes.
     pub failed: bool,
+    /// `in`, `leaving` (out, and data is still to be moved away) or `empty` (out, and nothing of it is needed).
+    #[serde(default)]
+    pub state: String,
 }
 
 /// A pool.
@@ -153,8 +183,28 @@ pub struct VolumeInfo {
     pub generation: u64,
     /// URI on the unix socket.
     pub uri: String,
+    /// Where it is reached on the network, whichever node serves it.
+    #[serde(default)]
+    pub address: Option<AddressInfo>,
     /// The engine, if it serves.
     pub engine: Option<EngineStatus>,
+}
+
+/// A volume's service address.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddressInfo {
+    /// `ADDRESS/PREFIX`.
+    pub address: String,
+    /// The interface that was asked for.
+    pub interface: Option<String>,
+    /// The node that has it now.
+    pub node: Option<String>,
+    /// Its URI there.
+    pub uri: String,
+    /// Why no node has it, or what does not work.
+    pub fault: Option<String>,
+    /// Clients there, as noted for whoever serves it next.
+    pub clients: Vec<String>,
 }
 
 /// A served volume's engine.
@@ -171,6 +221,9 @@ pub struct EngineStatus {
     /// Nodes have changed, and what they hold is being compared with what they should hold.
     #[serde(default)]
     pub unchecked: bool,
+    /// Version of the newest map under which every shard was looked for.
+    #[serde(default)]
+    pub checked_epoch: u64,
     /// Segments open or being sealed.
     pub open_segments: usize,
     /// Memory of unregistered index entries.
@@ -244,6 +297,19 @@ pub struct CreateVolume {
     pub pool: Option<String>,
     /// `replicated` or `persisted`; `None`: the pool's.
     pub ack: Option<String>,
+    /// Its service address.
+    #[serde(default)]
+    pub address: Option<SetAddress>,
+}
+
+/// Gives a volume a service address, or none.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct SetAddress {
+    /// `ADDRESS/PREFIX`; `None`: none any more.
+    pub address: Option<String>,
+    /// The interface it is put on, of that name on every host; `None`: the one in its subnet.
+    #[serde(default)]
+    pub interface: Option<String>,
 }
 
 /// Changes a volume.
@@ -287,6 +353,41 @@ pub struct JoinToken {
 pub struct RenameNode {
     /// The new one.
     pub name: String,
+}
+
+/// Empties a node.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct DrainNode {
+    /// Takes it back in.
+    #[serde(default)]
+    pub cancel: bool,
+}
+
+/// Makes a disk of the host that is asked a device.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AddDevice {
+    /// Its path there.
+    pub path: std::path::PathBuf,
+    /// A device whose data it takes over.
+    #[serde(default)]
+    pub replaces: Option<String>,
+}
+
+/// A device that was added.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AddedDevice {
+    /// Its identity.
+    pub device: String,
+}
+
+/// What became of a device that is to be removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RemovedDevice {
+    /// Its data moves away first: ask again when it has.
+    Leaving,
+    /// It is forgotten.
+    Removed,
 }
 
 /// How a node is stopped.

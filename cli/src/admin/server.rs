@@ -1,11 +1,12 @@
 //! Serves the admin API.
 
 use super::api::{
-    ApiError, ChangeVolume, CreatePool, CreateToken, CreateVolume, DeleteVolume, Done, JoinToken, RenameNode, StopNode,
+    AddDevice, AddedDevice, ApiError, ChangeVolume, CreatePool, CreateToken, CreateVolume, DeleteVolume, Done,
+    DrainNode, JoinToken, RemovedDevice, RenameNode, SetAddress, StopNode,
 };
 use super::status::cluster_status;
 use crate::cluster::events::Event;
-use crate::cluster::{self, Cluster};
+use crate::cluster::{self, Cluster, moves};
 use crate::error::ClusterError;
 use axum::extract::{Path, Query, Request, State};
 use axum::http::StatusCode;
@@ -15,11 +16,13 @@ use axum::routing::{get, patch, post};
 use axum::{Json, Router};
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
-use raft_meta::{AckPolicy, Command, Name, NodeState};
+use raft_meta::{AckPolicy, AddressCommand, Command, MetaError, Name, NodeState, Outcome, ServiceAddress};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use xsan_env::net::Listener;
-use xsan_types::{BLOCK_BYTES, ErrorKind, NodeId};
+use xsan_placement::DeviceState;
+use xsan_types::{BLOCK_BYTES, DeviceId, ErrorKind, NodeId};
 
 /// What requests are answered from.
 #[derive(Clone)]
@@ -106,8 +109,12 @@ fn router(admin: Admin) -> Router {
         .route("/v1/volumes", post(create_volume))
         .route("/v1/volumes/{name}", patch(change_volume).delete(delete_volume))
         .route("/v1/volumes/{name}/attach", post(attach_volume))
+        .route("/v1/volumes/{name}/address", post(set_address))
         .route("/v1/tokens", post(create_token))
         .route("/v1/nodes/{name}", patch(rename_node).delete(remove_node))
+        .route("/v1/nodes/{name}/drain", post(drain_node))
+        .route("/v1/devices", post(add_device))
+        .route("/v1/devices/{id}", axum::routing::delete(remove_device))
         .route("/v1/nodes/{name}/stop", post(stop_node))
         .route("/v1/nodes/{name}/start", post(start_node))
         .route("/metrics", get(metrics))
@@ -190,7 +197,50 @@ async fn create_volume(State(admin): State<Admin>, Json(request): Json<CreateVol
     };
     let size = request.size.checked_next_multiple_of(BLOCK_BYTES).unwrap_or(u64::MAX);
     let name: Name = request.name.parse().map_err(ClusterError::from)?;
-    admin.cluster.propose(Command::CreateVolume { name, pool: pool.id, size, ack }).await?;
+    let place = request.address.as_ref().and_then(|asked| service_address(asked).transpose()).transpose()?;
+    if let Some(place) = &place {
+        admin.cluster.check_address(request.name.clone(), place.clone()).await?;
+        refuse_taken(&admin, place)?;
+    }
+    let made = admin.cluster.propose(Command::CreateVolume { name, pool: pool.id, size, ack }).await?;
+    if let (Some(place), Outcome::Volume(volume)) = (place, made) {
+        let command = AddressCommand::Set { volume, place: Some(place) };
+        admin.cluster.propose(Command::ServiceAddress(command)).await?;
+    }
+    Ok(Json(Done {}))
+}
+
+/// What is asked for, if it is an address.
+fn service_address(asked: &SetAddress) -> Result<Option<ServiceAddress>, ClusterError> {
+    let Some(text) = &asked.address else { return Ok(None) };
+    let mut place: ServiceAddress = text.parse().map_err(|error| ClusterError::Invalid(format!("{error}")))?;
+    place.interface.clone_from(&asked.interface);
+    if !place.is_usable() {
+        let text = format!("{:?} is no name of an interface", place.interface.unwrap_or_default());
+        return Err(ClusterError::Invalid(text));
+    }
+    Ok(Some(place))
+}
+
+/// Before a volume is made for it; whoever comes in between is refused by the metadata.
+fn refuse_taken(admin: &Admin, place: &ServiceAddress) -> Result<(), ClusterError> {
+    let view = admin.cluster.view();
+    let taken = view.addresses.iter().find(|(_, record)| record.place.address == place.address);
+    taken.map_or(Ok(()), |(volume, _)| Err(MetaError::AddressTaken(*volume).into()))
+}
+
+async fn set_address(
+    State(admin): State<Admin>,
+    Path(name): Path<String>,
+    Json(request): Json<SetAddress>,
+) -> Answer<Done> {
+    let view = admin.cluster.view();
+    let volume = view.volume_named(&name).ok_or_else(|| ClusterError::NoVolume(name.clone()))?.id;
+    let place = service_address(&request)?;
+    if let Some(place) = &place {
+        admin.cluster.check_address(name, place.clone()).await?;
+    }
+    admin.cluster.propose(Command::ServiceAddress(AddressCommand::Set { volume, place })).await?;
     Ok(Json(Done {}))
 }
 
@@ -266,6 +316,63 @@ async fn remove_node(State(admin): State<Admin>, Path(name): Path<String>) -> An
     }
     admin.cluster.propose(Command::SetNodeState { node, state: NodeState::Removed }).await?;
     Ok(Json(Done {}))
+}
+
+async fn drain_node(
+    State(admin): State<Admin>,
+    Path(name): Path<String>,
+    Json(request): Json<DrainNode>,
+) -> Answer<Done> {
+    let node = find_node(&admin, &name)?;
+    let devices: BTreeSet<DeviceId> = admin.cluster.view().devices_of(node).map(|device| device.id).collect();
+    if !request.cancel {
+        moves::check_without(&admin.cluster.facts().await, &devices)?;
+    }
+    let state = if request.cancel { DeviceState::In } else { DeviceState::Out };
+    for device in devices {
+        admin.cluster.propose(Command::SetDeviceState { device, state }).await?;
+    }
+    Ok(Json(Done {}))
+}
+
+fn find_device(admin: &Admin, id: &str) -> Result<DeviceId, ClusterError> {
+    let view = admin.cluster.view();
+    // The beginning of an id is enough where it is the only one.
+    let mut named = view.devices.keys().filter(|device| device.to_string().starts_with(id));
+    match (named.next(), named.next()) {
+        (Some(device), None) if !id.is_empty() => Ok(*device),
+        (Some(_), Some(_)) => Err(ClusterError::Invalid(format!("several devices begin with {id:?}: name more of it"))),
+        _ => Err(ClusterError::NoDevice(id.to_owned())),
+    }
+}
+
+async fn add_device(State(admin): State<Admin>, Json(request): Json<AddDevice>) -> Answer<AddedDevice> {
+    let replaced = request.replaces.as_deref().map(|id| find_device(&admin, id)).transpose()?;
+    let (done, added) = tokio::sync::oneshot::channel();
+    let cluster = Arc::clone(&admin.cluster);
+    // A client that hangs up must not leave it half done.
+    drop(admin.cluster.env().spawn("add device", async move {
+        let _ = done.send(cluster.add_device(request.path).await);
+    }));
+    let device = added.await.map_err(|_| ClusterError::Closing)??;
+    if let Some(replaced) = replaced {
+        moves::check_without(&admin.cluster.facts().await, &BTreeSet::from([replaced]))?;
+        admin.cluster.propose(Command::SetDeviceState { device: replaced, state: DeviceState::Out }).await?;
+    }
+    Ok(Json(AddedDevice { device: device.to_string() }))
+}
+
+async fn remove_device(State(admin): State<Admin>, Path(id): Path<String>) -> Answer<RemovedDevice> {
+    let device = find_device(&admin, &id)?;
+    match admin.cluster.propose(Command::RemoveDevice { device }).await {
+        Ok(_) => Ok(Json(RemovedDevice::Removed)),
+        Err(ClusterError::Meta(MetaError::DeviceInUse(_))) => {
+            moves::check_without(&admin.cluster.facts().await, &BTreeSet::from([device]))?;
+            admin.cluster.propose(Command::SetDeviceState { device, state: DeviceState::Out }).await?;
+            Ok(Json(RemovedDevice::Leaving))
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Runs a change of several steps as a task: a client that hangs up must not leave it half done.

@@ -1,11 +1,16 @@
 //! The truth about a cluster, computed from its parts when asked; nothing here is echoed from what was believed before.
 
-use super::api::{ClusterStatus, DeviceInfo, NodeStatus, PoolStatus, Problem, ProcessCounters, VolumeInfo};
+use super::api::{
+    AddressInfo, ClusterStatus, DeviceInfo, MoveStatus, NodeStatus, PoolStatus, Problem, ProcessCounters, VolumeInfo,
+};
+use crate::cluster::addresses::NBD_PORT;
+use crate::cluster::carry::CarryReport;
 use crate::cluster::facts::NodeFacts;
 use crate::cluster::maps::answers;
 use crate::cluster::{Cluster, Facts};
 use raft_meta::NodeState;
 use std::collections::BTreeSet;
+use xsan_placement::DeviceState;
 use xsan_types::DeviceId;
 
 /// Looks at everything.
@@ -15,7 +20,15 @@ pub async fn cluster_status(cluster: &dyn Cluster, nbd: &[String]) -> ClusterSta
     let nodes: Vec<NodeStatus> = facts.nodes.iter().map(|node| node_status(&facts, node)).collect();
     let (pools, volumes) = (pool_statuses(&facts), volume_infos(&facts));
     let now_millis = cluster.env().wall_millis();
+    let moves = move_statuses(&facts);
     let mut problems = warnings(&nodes, &volumes, now_millis);
+    for told in &moves {
+        if let Some(reason) = &told.waits_for {
+            let text = format!("data of device {} of node {} does not move on: {reason}", told.device, told.node);
+            let advice = "bring the nodes it speaks of back; it goes on by itself";
+            problems.push(problem("MOVE_WAITS", "warning", &told.device, text, advice));
+        }
+    }
     let mut errors = errors(&nodes, &pools, &volumes);
     if !facts.metadata_answers {
         let text =
@@ -40,6 +53,7 @@ pub async fn cluster_status(cluster: &dyn Cluster, nbd: &[String]) -> ClusterSta
         version: env!("CARGO_PKG_VERSION").to_owned(),
         nbd: nbd.to_vec(),
         counters: counters(&facts),
+        moves,
         nodes,
         pools,
         volumes,
@@ -91,14 +105,37 @@ fn warnings(nodes: &[NodeStatus], volumes: &[VolumeInfo], now_millis: u64) -> Ve
         }
         if node.failed {
             let text = format!("a device of node {name} failed and takes no more writes");
-            warn("DEVICE_FAILED", name, text, "replace the disk, then the node: `xsan node join --replace`");
+            warn(
+                "DEVICE_FAILED",
+                name,
+                text,
+                "take it out with `xsan device replace DEVICE PATH`, or `xsan device remove DEVICE`",
+            );
         }
         for device in node.devices.iter().filter(|device| device.capacity > 0) {
             let percent = device.used * 100 / device.capacity;
             if percent >= FULL_PERCENT {
                 let text = format!("a device of node {name} is {percent} % full");
-                warn("DEVICE_FULL", name, text, "delete volumes or trim inside guests");
+                warn(
+                    "DEVICE_FULL",
+                    name,
+                    text,
+                    "delete volumes, trim inside guests, or add devices: `xsan device add PATH`",
+                );
             }
+        }
+    }
+    for volume in volumes {
+        if let Some((address, fault)) =
+            volume.address.as_ref().and_then(|told| Some((&told.address, told.fault.as_ref()?)))
+        {
+            let text = format!("volume {}: its service address {address} does not work: {fault}", volume.name);
+            warn(
+                "ADDRESS_FAULT",
+                &volume.name,
+                text,
+                "see docs/hosts.md, \"Service addresses\": rights of the daemon, the subnet's interface, nodes that are up",
+            );
         }
     }
     for volume in volumes {
@@ -164,6 +201,7 @@ fn node_status(facts: &Facts, node: &NodeFacts) -> NodeStatus {
                 capacity: device.capacity,
                 used: device.used,
                 failed: device.failed,
+                state: device_state(facts, device.id),
             })
             .collect()
         }
@@ -175,6 +213,7 @@ fn node_status(facts: &Facts, node: &NodeFacts) -> NodeStatus {
                     capacity: device.capacity,
                     used: 0,
                     failed: false,
+                    state: device_state(facts, device.id),
                 })
                 .collect()
         }
@@ -191,6 +230,7 @@ fn node_status(facts: &Facts, node: &NodeFacts) -> NodeStatus {
         answers: node.report.is_some(),
         host: record.map_or_else(String::new, |record| record.host.to_string()),
         address: node.address.clone(),
+        metadata: node.metadata,
         device: devices.first().map_or_else(String::new, |device| device.id.clone()),
         capacity: sum(|device| device.capacity),
         used: sum(|device| device.used),
@@ -199,6 +239,47 @@ fn node_status(facts: &Facts, node: &NodeFacts) -> NodeStatus {
         failed: devices.iter().any(|device| device.failed),
         devices,
     }
+}
+
+fn device_state(facts: &Facts, id: DeviceId) -> String {
+    let view = &facts.view;
+    let is_placed = || {
+        let tables = view.pools.values().flat_map(|pool| std::iter::once(&pool.table).chain(&pool.next));
+        tables.into_iter().any(|table| table.holds(id))
+    };
+    match view.devices.get(&id).map(|device| device.state) {
+        Some(DeviceState::In) => "in",
+        Some(DeviceState::Out) if is_placed() => "leaving",
+        Some(DeviceState::Out) | None => "empty",
+    }
+    .to_owned()
+}
+
+/// What moves, from where, how far it is.
+fn move_statuses(facts: &Facts) -> Vec<MoveStatus> {
+    let view = &facts.view;
+    let mut found = Vec::new();
+    for pool in view.pools.values() {
+        for device in view.devices_to_empty(pool) {
+            let node = view.devices.get(&device).map(|record| record.node);
+            let of_it = |carry: &&CarryReport| carry.pool == pool.id && carry.device == device;
+            let carry = facts.reports().flat_map(|report| &report.carries).find(of_it).cloned().unwrap_or_default();
+            let rate = (carry.done_bytes * 1000).checked_div(carry.running_millis).unwrap_or(0);
+            let is_away = facts.nodes.iter().any(|facts| Some(facts.id) == node && facts.report.is_none());
+            let away = "its node is away: what it held is rebuilt from the others".to_owned();
+            found.push(MoveStatus {
+                pool: pool.name.to_string(),
+                device: device.to_string(),
+                node: node.and_then(|id| view.node(id)).map_or_else(String::new, |node| node.name.to_string()),
+                done_bytes: carry.done_bytes,
+                total_bytes: carry.total_bytes,
+                rate,
+                eta_seconds: carry.total_bytes.saturating_sub(carry.done_bytes).checked_div(rate),
+                waits_for: if is_away { Some(away) } else { carry.waits_for },
+            });
+        }
+    }
+    found
 }
 
 fn pool_statuses(facts: &Facts) -> Vec<PoolStatus> {
@@ -256,11 +337,41 @@ fn volume_infos(facts: &Facts) -> Vec<VolumeInfo> {
             clients: told.map_or(0, |told| told.clients),
             generation: volume.register().generation.0,
             uri: unix_uri(&name, &socket),
+            address: address_info(facts, volume),
             engine: told.map(|told| told.engine.clone()),
             name,
         }
     };
     view.volume_names.values().filter_map(|&id| view.volume(id)).map(info).collect()
+}
+
+/// Where a volume is reached on the network, and by whom it is held there.
+fn address_info(facts: &Facts, volume: &raft_meta::Volume) -> Option<AddressInfo> {
+    let view = &facts.view;
+    let record = view.addresses.get(&volume.id)?;
+    let place = &record.place;
+    let told = facts.nodes.iter().filter_map(|node| Some((node, node.report.as_ref()?.addresses.get(&volume.id)?)));
+    let told: Vec<_> = told.collect();
+    let name = |node: &NodeFacts| view.node(node.id).map_or_else(String::new, |node| node.name.to_string());
+    let holder = told.iter().find(|(_, report)| report.interface.is_some());
+    let fault = match holder {
+        Some((_, report)) => report.fault.clone(),
+        None => {
+            let faults =
+                told.iter().filter_map(|(node, report)| Some(format!("{}: {}", name(node), report.fault.as_ref()?)));
+            let faults: Vec<String> = faults.collect();
+            Some(if faults.is_empty() { "no node has it yet".to_owned() } else { faults.join("; ") })
+        }
+    };
+    let port = holder.map_or(NBD_PORT, |(_, report)| report.port);
+    Some(AddressInfo {
+        address: place.to_string(),
+        interface: place.interface.clone(),
+        node: holder.map(|(node, _)| name(node)),
+        uri: format!("nbd://{}/{}", std::net::SocketAddr::new(place.address, port), volume.name),
+        fault,
+        clients: record.clients.iter().map(ToString::to_string).collect(),
+    })
 }
 
 fn counters(facts: &Facts) -> ProcessCounters {

@@ -3,6 +3,7 @@
 //!
 //! Layout of the directory: `lock`, `meta/` (metadata), `nN/device.img` and `nN/index/` per node, `admin.sock`, `nbd.sock`.
 
+use super::export::export_key;
 use super::facts::{Facts, NodeFacts, NodeReport};
 use super::founding::Mute;
 use super::handle::NodeHandle;
@@ -268,11 +269,7 @@ impl DevCluster {
     }
 
     fn clients(&self, volume: VolumeId) -> usize {
-        let name = self.view().volume(volume).map(|volume| volume.name.clone());
-        match (self.gateway.get(), name) {
-            (Some(gateway), Some(name)) => gateway.clients(name.as_str()).len(),
-            _ => 0,
-        }
+        self.gateway.get().map_or(0, |gateway| gateway.clients(&export_key(volume)).len())
     }
 
     async fn delete_volume(&self, name: &str, force: bool) -> Result<(), ClusterError> {
@@ -284,7 +281,7 @@ impl DevCluster {
         }
         self.volumes.delete(volume.id, volume.pool).await?;
         if let Some(gateway) = self.gateway.get() {
-            gateway.disconnect(name).await;
+            gateway.disconnect(&export_key(volume.id)).await;
         }
         Ok(())
     }
@@ -320,6 +317,7 @@ impl DevCluster {
                 since_millis: *node.since.lock().expect("since lock"),
                 reason: if running.is_some() { "it runs" } else { "it was stopped" }.to_owned(),
                 address: String::new(),
+                metadata: None,
                 report,
             });
         }
@@ -502,12 +500,13 @@ impl DevCluster {
                     node: Arc::clone(&node.handle) as Arc<dyn NodeApi>,
                     domain: Arc::from(node.name.as_str()),
                     up: node.handle.is_up(),
+                    leaving: false,
                     sector: status.map_or(512, |status| status.sector),
                     free: status.map_or(0, |status| status.capacity.saturating_sub(status.used)),
                 },
             );
         }
-        Ok(Arc::new(PoolView { epoch: view.epoch, table: pool.table.positions.clone(), devices }))
+        Ok(Arc::new(PoolView { epoch: view.epoch, table: pool.table.positions.clone(), before: Vec::new(), devices }))
     }
 
     async fn refresh_views(&self) -> Result<(), ClusterError> {
@@ -587,6 +586,12 @@ impl Cluster for DevCluster {
     }
     fn attach(&self, name: String) -> Done<'_, ()> {
         Box::pin(async move { self.volumes.attach(&name).await.map(drop) })
+    }
+    fn check_address(&self, _name: String, _place: raft_meta::ServiceAddress) -> Done<'_, ()> {
+        only_hosts()
+    }
+    fn add_device(&self, _path: PathBuf) -> Done<'_, DeviceId> {
+        only_hosts()
     }
     fn join_token(&self, _good_for: Duration, _uses: u32) -> Done<'_, String> {
         only_hosts()

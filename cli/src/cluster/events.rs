@@ -19,7 +19,7 @@ pub struct Event {
     /// When this process learned of it, milliseconds since 1970.
     pub at_millis: u64,
     /// What kind, for programs: `node_state`, `node_joined`, `node_removed`, `node_renamed`, `pool_made`, `pool_removed`, `volume_made`,
-    /// `volume_removed`, `volume_renamed`, `volume_resized`, `volume_served`.
+    /// `volume_removed`, `volume_renamed`, `volume_resized`, `volume_served`, `volume_address`.
     pub kind: String,
     /// The node, pool or volume.
     pub subject: String,
@@ -135,6 +135,14 @@ fn volumes(before: &MetaState, now: &MetaState, told: &mut Vec<Happened>) {
         if old_size != size {
             let text = format!("volume {name} has {} now", xsan_types::format_bytes(size));
             told.push(("volume_resized", name.clone(), text));
+        }
+        let place = |state: &MetaState| state.addresses.get(&volume.id).map(|record| record.place.to_string());
+        if place(before) != place(now) {
+            let text = match place(now) {
+                Some(place) => format!("volume {name} has the service address {place}"),
+                None => format!("volume {name} has no service address any more"),
+            };
+            told.push(("volume_address", name.clone(), text));
         }
         let served = |state: &MetaState| state.hosts.served.get(&volume.id).map(|served| served.node);
         if served(before) != served(now) {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use xsan_env::Buf;
 use xsan_env::runtime::BoxFuture;
 use xsan_gateway::{Export, ExportError, ExportInfo, Exports, OpenError, ReadPiece, StatusExtent, Transport};
-use xsan_types::{BLOCK_BYTES, ErrorKind, SECTOR_BYTES};
+use xsan_types::{BLOCK_BYTES, ErrorKind, SECTOR_BYTES, VolumeId};
 
 /// Largest payload of one request: what every NBD client may send (32 MiB).
 const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
@@ -24,6 +24,12 @@ impl VolumeExport {
     pub fn new(attached: Arc<Attached>, transport: Transport) -> Self {
         Self { attached, transport }
     }
+}
+
+/// How the gateway knows a volume: by what a new name does not change.
+#[must_use]
+pub fn export_key(volume: VolumeId) -> String {
+    volume.to_string()
 }
 
 /// What a client may know of a volume before it opens it.
@@ -77,6 +83,10 @@ impl VolumeExport {
 }
 
 impl Export for VolumeExport {
+    fn key(&self) -> String {
+        export_key(self.attached.id)
+    }
+
     fn info(&self) -> ExportInfo {
         info(&self.attached.name(), self.attached.volume.size(), self.transport)
     }

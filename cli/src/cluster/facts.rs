@@ -1,5 +1,7 @@
 //! What is known of a cluster when somebody asks: gathered from the parts, nothing remembered.
 
+use super::addresses::AddressReport;
+use super::carry::CarryReport;
 use crate::admin::api::{EngineStatus, ProcessCounters};
 use lsm_block::{Health, VolumeStatus};
 use raft_meta::MetaState;
@@ -38,8 +40,47 @@ pub struct NodeFacts {
     pub reason: String,
     /// Where it listens; empty inside one process.
     pub address: String,
+    /// Its part in the metadata; `None`: it holds no replica, or all nodes share a process.
+    pub metadata: Option<MetadataRole>,
     /// What it says of itself; `None`: it did not answer.
     pub report: Option<NodeReport>,
+}
+
+/// What a node's replica of the metadata is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MetadataRole {
+    /// Decides what comes next.
+    Leader,
+    /// A majority of these decides.
+    Voter,
+    /// Follows, and takes the place of a voter that is lost.
+    Learner,
+}
+
+impl MetadataRole {
+    /// Of `node`'s replica, as one replica sees the group.
+    #[must_use]
+    pub fn of(node: NodeId, group: &raft_meta::raft::Status) -> Option<Self> {
+        let (&replica, _) = group.members.iter().find(|(_, member)| member.node == node)?;
+        Some(if group.leader == Some(replica) {
+            Self::Leader
+        } else if group.configuration.voters.contains(&replica) {
+            Self::Voter
+        } else {
+            Self::Learner
+        })
+    }
+}
+
+impl std::fmt::Display for MetadataRole {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str(match self {
+            Self::Leader => "leader",
+            Self::Voter => "voter",
+            Self::Learner => "learner",
+        })
+    }
 }
 
 /// What a process says of itself. Travels between nodes as JSON: fields are added, never changed.
@@ -51,6 +92,12 @@ pub struct NodeReport {
     pub volumes: BTreeMap<VolumeId, VolumeReport>,
     /// What it did.
     pub counters: ProcessCounters,
+    /// What its devices carry elsewhere.
+    #[serde(default)]
+    pub carries: Vec<CarryReport>,
+    /// Service addresses, of volumes that it serves or was asked to serve.
+    #[serde(default)]
+    pub addresses: BTreeMap<VolumeId, AddressReport>,
 }
 
 /// A device.
@@ -107,6 +154,8 @@ impl NodeReport {
         Self {
             devices: devices.iter().map(device_report).collect(),
             volumes: BTreeMap::new(),
+            carries: Vec::new(),
+            addresses: BTreeMap::new(),
             counters: ProcessCounters {
                 device_read_bytes: counters.device_read_bytes,
                 device_reads: counters.device_reads,
@@ -151,6 +200,7 @@ fn engine_status(status: &VolumeStatus) -> EngineStatus {
         segments: status.segments,
         segments_with_holes: status.segments_with_holes,
         unchecked: status.unchecked,
+        checked_epoch: status.checked_epoch.0,
         open_segments: status.open_segments,
         delta_bytes: status.delta_bytes,
         reads: counters.reads,

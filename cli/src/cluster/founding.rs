@@ -1,9 +1,10 @@
 //! How a host becomes a node: by making a cluster, or by joining one with a token (RFC 0005).
 //!
 //! Layout of a node's directory: `xsan.toml` (settings), `identity.json` (who it is; without it the directory is of no member), `lock`,
-//! `pid`, `meta/` (its replica of the metadata), `device.img` if no device is named, `index-N/` per device, `admin.sock`,
+//! `pid`, `meta/` (its replica of the metadata), `device.img` if no device is named, `index-DEVICE/` per device, `admin.sock`,
 //! `nbd.sock`. `joining.json` holds the key of a host on its way in, so that a join that was cut short can be asked for again.
 
+use super::devices::refuse_used;
 use super::host::Host;
 use super::identity::{Identity, write_secret};
 use super::settings::{self, Settings};
@@ -20,9 +21,9 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 use xsan_env::os_disk::{Backend, IoDriver};
 use xsan_env::runtime::BoxFuture;
-use xsan_env::{BufPool, Disk, Env, Stream};
+use xsan_env::{BufPool, Env, Stream};
 use xsan_node::DeviceIdentity;
-use xsan_types::{ClusterId, DeviceId, NodeId};
+use xsan_types::{ClusterId, DeviceId, ErrorKind, NodeId};
 use xsan_wire::join::{JoinService, JoinToken};
 use xsan_wire::{Ca, NodeKey};
 
@@ -32,8 +33,6 @@ pub const TOKEN_FOR: Duration = Duration::from_secs(3600);
 pub const TOKEN_USES: u32 = 16;
 /// How long the cluster has to let a host in.
 const JOIN_FOR: Duration = Duration::from_secs(30);
-/// What must be empty on a disk before it becomes a device.
-const BLANK_BYTES: usize = 1 << 20;
 const JOINING_FILE: &str = "joining.json";
 
 /// Where a new node lies and what its devices are like.
@@ -89,7 +88,12 @@ struct JoinRequest {
 #[derive(Serialize, Deserialize)]
 enum JoinAnswer {
     Admitted(Admitted),
-    Refused { message: String },
+    Refused {
+        message: String,
+        /// Another host of the cluster may be able to answer.
+        #[serde(default)]
+        retry: bool,
+    },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -258,7 +262,12 @@ async fn ask_peers(
         match xsan_wire::join::join(env, stream, token, &body, JOIN_FOR).await {
             Ok(answer) => match serde_json::from_slice(&answer) {
                 Ok(JoinAnswer::Admitted(admitted)) => return Ok(admitted),
-                Ok(JoinAnswer::Refused { message }) => return Err(refused(format!("{peer} refuses: {message}"))),
+                Ok(JoinAnswer::Refused { message, retry }) => {
+                    last = refused(format!("{peer} refuses: {message}"));
+                    if !retry {
+                        break;
+                    }
+                }
                 Err(error) => last = refused(format!("the answer of {peer} cannot be read: {error}")),
             },
             Err(error) => last = refused(format!("{peer}: {error}")),
@@ -282,7 +291,9 @@ impl JoinService for JoinDesk {
                 Ok(admitted) => JoinAnswer::Admitted(admitted),
                 Err(error) => {
                     tracing::warn!(from, %error, "a host was not let in");
-                    JoinAnswer::Refused { message: error.to_string() }
+                    // It is cut off from the majority, or closing: that says nothing about the host.
+                    let retry = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Closed);
+                    JoinAnswer::Refused { message: error.to_string(), retry }
                 }
             };
             serde_json::to_vec(&answer).unwrap_or_default()
@@ -305,9 +316,7 @@ async fn admit(host: &Host, request: &[u8], from: &str) -> Result<Admitted, Clus
         replica: request.replica,
         replaces: request.replaces,
     };
-    let Outcome::Node(node) = host.propose(Command::AdmitNode(candidacy)).await? else {
-        return Err(ClusterError::Invalid("the metadata answered another command".into()));
-    };
+    let node = propose_node(host.group(), candidacy).await?;
     let view = host.view();
     let Some(authority) = &view.hosts.authority else {
         return Err(ClusterError::Invalid("the cluster has no certificate authority".into()));
@@ -325,11 +334,25 @@ async fn admit(host: &Host, request: &[u8], from: &str) -> Result<Admitted, Clus
     })
 }
 
+/// Has the cluster admit a host that shows what lets it in. What anybody could send does not reach the log.
+async fn propose_node(consensus: &dyn Consensus, candidacy: Candidacy) -> Result<NodeId, ClusterError> {
+    if consensus.view().check_candidacy(&candidacy).is_err() {
+        // The token, or the node that it let in, may be younger than what this replica knows.
+        consensus.read_barrier().await?;
+        consensus.view().check_candidacy(&candidacy)?;
+    }
+    match consensus.propose(Command::AdmitNode(candidacy)).await? {
+        Outcome::Node(node) => Ok(node),
+        _ => Err(ClusterError::Invalid("the metadata answered another command".into())),
+    }
+}
+
 async fn begin(env: &Env, place: &Place) -> Result<std::fs::File, ClusterError> {
+    let lock = lock_directory(env, &place.dir).await?;
+    // Whoever had the lock before may have made it a member's.
     if Identity::read(&place.dir)?.is_some() {
         return Err(ClusterError::Member(place.dir.clone()));
     }
-    let lock = lock_directory(env, &place.dir).await?;
     named(&place.settings)?;
     Ok(lock)
 }
@@ -419,11 +442,11 @@ async fn format_devices(
         )));
     }
     for (number, path) in paths.iter().enumerate() {
-        if place.settings.devices.is_empty() {
+        if place.settings.devices.is_none() {
             // Of an earlier attempt: this directory has never been a member's.
             discard(path)?;
         }
-        let create = match place.settings.devices.is_empty() {
+        let create = match place.settings.devices.is_none() {
             true => Some(place.device_bytes.map_or_else(|| share_of_space(&place.dir, place.sharers), Ok)?),
             false => None,
         };
@@ -435,13 +458,197 @@ async fn format_devices(
     Ok(())
 }
 
-/// A disk that holds anything is not touched.
-async fn refuse_used(buffers: &BufPool, disk: &Arc<dyn Disk>, path: &Path) -> Result<(), ClusterError> {
-    let bytes = usize::try_from(disk.geometry().bytes).unwrap_or(usize::MAX).min(BLANK_BYTES);
-    let read = disk.read(0, buffers.get(bytes)).await;
-    let read = read.map_err(ClusterError::io(format!("cannot read {}", path.display())))?;
-    if read.iter().any(|byte| *byte != 0) {
-        return Err(ClusterError::Used(path.to_owned()));
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use raft_meta::MetaError;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use tokio::sync::watch;
+    use xsan_env::{Listener, OsRuntime};
+    use xsan_wire::{Endpoint, Server, Services, Tls};
+
+    const CLUSTER: ClusterId = ClusterId(0xc1);
+    const SECRET: [u8; 32] = [7; 32];
+
+    /// A replica that knows what its group does only after a barrier.
+    struct Late {
+        view: Mutex<Arc<MetaState>>,
+        newest: Arc<MetaState>,
+        proposed: AtomicUsize,
     }
-    Ok(())
+
+    impl Late {
+        fn new() -> Self {
+            let mut newest = MetaState::new(CLUSTER, true);
+            let view = Mutex::new(Arc::new(newest.clone()));
+            let token = TokenRecord { secret_hash: SECRET, expires_millis: 1_000, uses_left: 1 };
+            newest.apply(&Command::AddToken { number: 1, token, now_millis: 0 }).expect("added");
+            Self { view, newest: Arc::new(newest), proposed: AtomicUsize::new(0) }
+        }
+    }
+
+    impl Consensus for Late {
+        fn propose(&self, _: Command) -> BoxFuture<'static, Result<Outcome, MetaError>> {
+            self.proposed.fetch_add(1, Ordering::Relaxed);
+            Box::pin(async { Ok(Outcome::Node(NodeId(1))) })
+        }
+
+        fn read_barrier(&self) -> BoxFuture<'static, Result<u64, MetaError>> {
+            *self.view.lock().expect("not poisoned") = Arc::clone(&self.newest);
+            Box::pin(async { Ok(1) })
+        }
+
+        fn view(&self) -> Arc<MetaState> {
+            Arc::clone(&self.view.lock().expect("not poisoned"))
+        }
+
+        fn subscribe(&self) -> watch::Receiver<u64> {
+            unreachable!("nobody follows it")
+        }
+
+        fn snapshot(&self) -> BoxFuture<'static, Result<u64, MetaError>> {
+            unreachable!("nobody asks for one")
+        }
+    }
+
+    fn candidacy(secret_hash: [u8; 32]) -> Candidacy {
+        Candidacy {
+            token: Some(ShownToken { number: 1, secret_hash }),
+            now_millis: 10,
+            name: "a".parse().expect("a name"),
+            host: "a".parse().expect("a name"),
+            rack: None,
+            zone: None,
+            address: "a:7400".into(),
+            public_key: vec![1],
+            replica: 5,
+            replaces: false,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_token_that_lets_nobody_in_never_reaches_the_log() {
+        let group = Late::new();
+        let error = propose_node(&group, candidacy([8; 32])).await.expect_err("refused");
+        assert_eq!(error.to_string(), MetaError::TokenUnknown.to_string());
+        let long = Candidacy { address: "x".repeat(256), ..candidacy(SECRET) };
+        let error = propose_node(&group, long).await.expect_err("refused");
+        assert_eq!(error.to_string(), MetaError::TextTooLong.to_string());
+        assert_eq!(group.proposed.load(Ordering::Relaxed), 0);
+        // A token that this replica has not heard of yet is looked for once more.
+        let group = Late::new();
+        assert_eq!(propose_node(&group, candidacy(SECRET)).await.expect("admitted"), NodeId(1));
+        assert_eq!(group.proposed.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn who_waited_for_the_lock_sees_what_was_made_meanwhile() {
+        let env = OsRuntime::current();
+        let dir = std::env::temp_dir().join(format!("xsan-founding-{}", std::process::id()));
+        let settings = Settings {
+            name: "n1".into(),
+            host: "h1".into(),
+            rack: None,
+            zone: None,
+            listen: "127.0.0.1:7400".parse().expect("an address"),
+            address: "h1:7400".into(),
+            nbd: None,
+            service_interface: None,
+            socket_mode: "660".into(),
+            socket_group: None,
+            devices: None,
+            workers: 1,
+        };
+        let place = Place { dir: dir.clone(), settings, device_bytes: None, sharers: 1, backend: Backend::Auto };
+        let lock = begin(&env, &place).await.expect("free");
+        let first = async {
+            env.sleep(Duration::from_millis(100)).await;
+            let identity = Identity {
+                cluster: CLUSTER,
+                node: NodeId(1),
+                authority: String::new(),
+                certificate: String::new(),
+                key: String::new(),
+                peers: BTreeMap::new(),
+            };
+            identity.write(&dir).expect("written");
+            drop(lock);
+        };
+        let (second, ()) = futures::join!(begin(&env, &place), first);
+        assert!(matches!(second, Err(ClusterError::Member(_))), "{second:?}");
+        std::fs::remove_dir_all(dir).expect("removed");
+    }
+
+    /// Answers every host the same.
+    struct Desk(JoinAnswer);
+
+    impl JoinService for Desk {
+        fn join(&self, _request: Vec<u8>, _from: String) -> BoxFuture<'static, Vec<u8>> {
+            let answer = serde_json::to_vec(&self.0).expect("JSON");
+            Box::pin(async move { answer })
+        }
+    }
+
+    async fn desk(env: &Env, ca: &Ca, answer: JoinAnswer) -> String {
+        let (node, key) = (NodeId(1), NodeKey::new().expect("a key"));
+        let certificate = ca.issue(node, key.public()).expect("a certificate");
+        let tls = Tls::new(env, CLUSTER, ca.certificate_pem(), &certificate, &key.pem()).expect("usable");
+        let endpoint = Endpoint::new(env, BufPool::new(0, 4 << 20), CLUSTER, node).with_tls(tls);
+        let server = Server::new(&endpoint, Services::new().with_join(Arc::new(Desk(answer))));
+        let listener = Listener::tcp("127.0.0.1:0".parse().expect("an address")).await.expect("listening");
+        let address = listener.tcp_address().expect("an address").to_string();
+        drop(env.spawn("desk", async move { server.serve(listener).await }));
+        address
+    }
+
+    #[tokio::test]
+    async fn a_host_that_cannot_answer_now_does_not_end_a_join() {
+        let env = OsRuntime::current();
+        let ca = Ca::new(CLUSTER).expect("a CA");
+        let token = JoinToken::new(CLUSTER, ca.certificate_pem(), 1).expect("a token");
+        let refusal = |retry| JoinAnswer::Refused { message: "no".into(), retry };
+        let admitted = Admitted {
+            node: NodeId(7),
+            authority: String::new(),
+            certificate: String::new(),
+            peers: BTreeMap::new(),
+            devices: Vec::new(),
+        };
+        let cut_off = desk(&env, &ca, refusal(true)).await;
+        let refusing = desk(&env, &ca, refusal(false)).await;
+        let open = desk(&env, &ca, JoinAnswer::Admitted(admitted)).await;
+        let request = JoinRequest {
+            version: 1,
+            number: token.number(),
+            secret: token.secret(),
+            name: "a".parse().expect("a name"),
+            host: "a".parse().expect("a name"),
+            rack: None,
+            zone: None,
+            address: "a:7400".into(),
+            public_key: vec![1],
+            replica: 5,
+            replaces: false,
+        };
+        let ask = async |peers: &[&String]| {
+            let peers: Vec<String> = peers.iter().map(|&peer| peer.clone()).collect();
+            ask_peers(&env, &token, &peers, &request).await.map(|admitted| admitted.node)
+        };
+        assert_eq!(ask(&[&cut_off, &open]).await.expect("admitted"), NodeId(7));
+        let error = ask(&[&refusing, &open]).await.expect_err("refused").to_string();
+        assert!(error.contains(&format!("{refusing} refuses: no")), "{error}");
+        let error = ask(&[&cut_off]).await.expect_err("refused").to_string();
+        assert!(error.contains(&format!("{cut_off} refuses: no")), "{error}");
+        // What a release before says is the last word.
+        let before = serde_json::from_str(r#"{"Refused":{"message":"no"}}"#).expect("readable");
+        assert!(matches!(before, JoinAnswer::Refused { retry: false, .. }));
+    }
+
+    #[tokio::test]
+    async fn a_desk_that_closes_says_that_others_may_answer() {
+        let answer = JoinDesk(Weak::new()).join(Vec::new(), "somewhere".into()).await;
+        let answer = serde_json::from_slice(&answer).expect("readable");
+        assert!(matches!(answer, JoinAnswer::Refused { retry: true, .. }));
+    }
 }

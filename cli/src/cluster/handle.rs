@@ -7,7 +7,9 @@ use xsan_types::{
     ClosedMember, DeviceId, FlushRequest, Generation, Incarnation, MemberRef, RegisterView, SealedSegment, SegmentName,
     SetId, ShardId, VolumeId,
 };
-use xsan_wire::node::{CreateMember, CreatedMember, DeviceStatus, NodeApi, NodeError, NodeResult, PutShard, ShardInfo};
+use xsan_wire::node::{
+    CreateMember, CreatedMember, DeviceStatus, HoldShard, NodeApi, NodeError, NodeResult, PutShard, ShardInfo,
+};
 
 /// The calls of a node while it runs, `Unavailable` while it does not. A call that is under way when the node stops ends with
 /// `Unavailable` at once: nothing is known of its outcome, as with a host that loses power.
@@ -108,6 +110,9 @@ impl NodeApi for NodeHandle {
     }
     fn put_shard(&self, request: PutShard) -> NodeResult<()> {
         self.call(|node| node.put_shard(request))
+    }
+    fn hold_shard(&self, request: HoldShard) -> NodeResult<()> {
+        self.call(|node| node.hold_shard(request))
     }
     fn read_shard(&self, device: DeviceId, shard: ShardId, offset: u64, length: u32) -> NodeResult<Buf> {
         self.call(|node| node.read_shard(device, shard, offset, length))

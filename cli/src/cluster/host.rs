@@ -1,12 +1,16 @@
 //! One host's daemon: a replica of the metadata, the storage node, the pools, the volumes it serves, and its place among the
 //! other hosts (RFC 0005). Layout of the directory: see [`super::founding`].
 
-use super::facts::{Facts, NodeFacts, NodeReport};
+use super::addresses::{self, Addresses};
+use super::carry::{self, CarryReport, HostMap};
+use super::devices::{Probes, open_disks};
+use super::export::export_key;
+use super::facts::{Facts, MetadataRole, NodeFacts, NodeReport};
 use super::identity::Identity;
 use super::links::{Links, MetaService, MetaTransport};
 use super::maps::Maps;
 use super::membership::{self, Beats, MembershipService};
-use super::probe::DiskProbe;
+use super::moves;
 use super::settings::Settings;
 use super::storage::{Storage, lock_directory};
 use super::volumes::VolumeManager;
@@ -15,17 +19,17 @@ use crate::error::ClusterError;
 use lsm_block::Tuning;
 use lsm_block::index::PageCache;
 use raft_meta::{Command, Consensus, GroupOptions, MetaState, NodeState, Outcome, RaftGroup};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::Notify;
 use xsan_env::os_disk::{Backend, IoDriver};
 use xsan_env::runtime::{BoxFuture, TaskHandle};
-use xsan_env::{BufPool, Disk, Env, Listener, Registry};
-use xsan_node::Node;
+use xsan_env::{BufPool, Env, Listener, Registry};
+use xsan_node::{Assignment, Node};
 use xsan_pool::{Pool, PoolConfig};
-use xsan_types::{Generation, NodeId, RegisterView, VolumeId};
+use xsan_types::{DeviceId, Generation, NodeId, PoolId, RegisterView, VolumeId};
 use xsan_wire::config::Endpoint;
 use xsan_wire::node::NodeApi;
 use xsan_wire::{Server, ServiceId, Services};
@@ -36,6 +40,8 @@ const ASK_EVERY: Duration = Duration::from_secs(10);
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// How long a command or a look waits for the newest metadata.
 const CATCH_UP_FOR: Duration = Duration::from_secs(1);
+/// How long another process of this node has to show itself. One that does not run is known at once; of a host that is gone nothing comes.
+const CLONE_ANSWERS_WITHIN: Duration = Duration::from_millis(700);
 /// How long requests of other nodes may take to end at shutdown.
 const STOP_FOR: Duration = Duration::from_secs(5);
 
@@ -73,13 +79,19 @@ pub struct Host {
     group: RaftGroup,
     consensus: Arc<dyn Consensus>,
     node: Arc<Node>,
-    probes: Vec<Arc<DiskProbe>>,
+    pub(super) probes: Mutex<Probes>,
+    /// Held while the settings' devices change.
+    pub(super) changing_devices: tokio::sync::Mutex<()>,
     maps: Maps,
+    pub(super) carries: Mutex<BTreeMap<(PoolId, DeviceId), CarryReport>>,
     volumes: VolumeManager,
     pub(super) beats: Beats,
     pub(super) gateway: OnceLock<xsan_gateway::server::Server>,
+    addresses: Addresses,
     /// Volumes on their way to another node: not taken back meanwhile.
     pub(super) releasing: Mutex<BTreeMap<VolumeId, xsan_env::Moment>>,
+    /// Volumes that are being taken over: whose turn it is.
+    pub(super) taking: Mutex<BTreeMap<VolumeId, Arc<tokio::sync::Mutex<()>>>>,
     server: Server,
     /// The map has changed: devices are asked again.
     map_changed: Notify,
@@ -109,18 +121,25 @@ impl Host {
         for (&node, address) in &identity.peers {
             links.learn_address(node, address);
         }
+        // Its replica says nothing and hears nothing before `set_group`.
+        let group = open_group(env, dir, &links).await?;
+        if let Err(error) = refuse_clone(env, &links, &group.view(), &identity, &settings).await {
+            group.close().await;
+            return Err(error);
+        }
         // Nobody is answered before this process can answer: the address is taken first.
         let listener = Listener::tcp(settings.listen).await;
         let listener = listener.map_err(ClusterError::io(format!("cannot listen on {}", settings.listen)))?;
-        let group = open_group(env, dir, &links).await?;
         links.set_group(group.clone());
-        let disks = open_disks(&storage, dir, &settings).await?;
+        let disks = open_disks(&storage, dir, &settings, &identity).await?;
         let node = storage.open_node(identity.cluster, identity.node, &settings.name, &disks).await?;
         let consensus: Arc<dyn Consensus> = Arc::new(group.clone());
         let cache = Arc::new(PageCache::new(options.page_cache_bytes));
         let volumes = VolumeManager::new(env.clone(), buffers.clone(), cache, Arc::clone(&consensus), options.tuning);
         let (beats, heard) = Beats::new();
         let own: Arc<dyn NodeApi> = Arc::<Node>::clone(&node);
+        #[cfg(feature = "canary")]
+        let own = super::canary::wrap(own);
         let host = Arc::new_cyclic(|me: &Weak<Self>| Self {
             maps: Maps::new(identity.node, Arc::clone(&own), Arc::clone(&links)),
             server: Server::new(&endpoint, services(me, &links, own, &consensus)),
@@ -135,18 +154,26 @@ impl Host {
             links,
             group,
             consensus,
-            probes: disks.iter().map(|(disk, _)| Arc::new(DiskProbe::new(env, &buffers, disk))).collect(),
+            probes: Mutex::default(),
+            changing_devices: tokio::sync::Mutex::default(),
             buffers,
             node,
+            carries: Mutex::default(),
             volumes,
             beats,
             gateway: OnceLock::new(),
+            addresses: Addresses::default(),
             releasing: Mutex::default(),
+            taking: Mutex::default(),
             map_changed: Notify::new(),
             tasks: Mutex::default(),
             _lock: lock,
         });
+        host.watch_all(&disks).await;
         host.learn(&host.view());
+        // Before anybody can call: without a map everything would be let in, and what is absent called `NotFound`.
+        let places: Arc<dyn Assignment> = Arc::new(HostMap(host.view()));
+        host.node.set_map(&places);
         host.serve_pools(&host.view())?;
         host.start(listener, heard);
         Ok(host)
@@ -154,7 +181,7 @@ impl Host {
 
     fn start(self: &Arc<Self>, listener: Listener, heard: tokio::sync::mpsc::Receiver<membership::Heard>) {
         let server = self.server.clone();
-        let mut tasks = vec![
+        let tasks = vec![
             self.env.spawn("nodes", async move { server.serve(listener).await }),
             self.env.spawn("metadata", follow(Arc::clone(self))),
             self.env.spawn("registers", follow_registers(Arc::clone(self))),
@@ -164,12 +191,13 @@ impl Host {
             ),
             self.env.spawn("devices", ask_devices(Arc::clone(self))),
             self.env.spawn("introduction", introduce(Arc::clone(self))),
+            self.env.spawn("moves", moves::plan(Arc::clone(self))),
+            self.env.spawn("addresses", addresses::keep(Arc::clone(self))),
+            self.env.spawn("servers", addresses::assign(Arc::clone(self))),
+            self.env.spawn("carry", carry::run(Arc::clone(self))),
             self.env.spawn("heartbeat", membership::beat(Arc::clone(self))),
             self.env.spawn("detector", membership::lead(Arc::clone(self), heard)),
         ];
-        for probe in &self.probes {
-            tasks.push(self.env.spawn("disk probe", super::probe::run(Arc::clone(probe))));
-        }
         *self.tasks.lock().unwrap_or_else(PoisonError::into_inner) = tasks;
     }
 
@@ -239,10 +267,34 @@ impl Host {
         &self.group
     }
 
+    /// How disks are reached.
+    #[must_use]
+    pub fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    /// Its storage.
+    #[must_use]
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    /// What its pools know.
+    #[must_use]
+    pub fn maps(&self) -> &Maps {
+        &self.maps
+    }
+
     /// The way to other nodes.
     #[must_use]
     pub fn links(&self) -> &Arc<Links> {
         &self.links
+    }
+
+    /// Service addresses here.
+    #[must_use]
+    pub fn addresses(&self) -> &Addresses {
+        &self.addresses
     }
 
     /// The volumes it serves.
@@ -255,12 +307,13 @@ impl Host {
     pub fn set_gateway(&self, gateway: xsan_gateway::server::Server) {
         // Set once, by whoever made it.
         let _ = self.gateway.set(gateway);
+        self.addresses.look();
     }
 
     /// Age of the oldest request to its devices.
     #[must_use]
     pub fn disk_silent_for(&self) -> Duration {
-        self.probes.iter().map(|probe| probe.silent_for()).max().unwrap_or_default()
+        self.probes.lock().unwrap_or_else(PoisonError::into_inner).silent_for()
     }
 
     /// Proposes a metadata command.
@@ -323,23 +376,22 @@ impl Host {
     pub async fn report(&self) -> NodeReport {
         let mut report = NodeReport::of_storage(&self.node).await;
         report.add_volumes(&self.volumes.statuses(), |id| self.clients(id));
+        report.carries = self.carry_reports();
+        report.addresses = self.addresses.reports();
         report
     }
 
     /// NBD clients of a volume here.
     #[must_use]
     pub fn clients(&self, volume: VolumeId) -> usize {
-        let name = self.view().volume(volume).map(|volume| volume.name.clone());
-        match (self.gateway.get(), name) {
-            (Some(gateway), Some(name)) => gateway.clients(name.as_str()).len(),
-            _ => 0,
-        }
+        self.gateway.get().map_or(0, |gateway| gateway.clients(&export_key(volume)).len())
     }
 
     /// Everything about the cluster, asked of all nodes that should answer.
     pub async fn facts(&self) -> Facts {
         let metadata_answers = Cluster::catch_up(self).await;
         let view = self.view();
+        let group = self.group().status().borrow().clone();
         let present = view.nodes.values().filter(|node| node.state != NodeState::Removed);
         let asked = present.map(|node| async {
             let report = if node.state == NodeState::Down { None } else { self.report_of(node.id).await };
@@ -350,6 +402,7 @@ impl Host {
                 since_millis: record.map_or(0, |record| record.since_millis),
                 reason: record.map_or_else(String::new, |record| record.reason.clone()),
                 address: record.map_or_else(String::new, |record| record.address.clone()),
+                metadata: MetadataRole::of(node.id, &group),
                 report,
             }
         });
@@ -373,6 +426,7 @@ impl Host {
         for task in self.tasks.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             task.abort();
         }
+        self.probes.lock().unwrap_or_else(PoisonError::into_inner).end();
         self.server.stop(STOP_FOR).await;
         self.node.close().await;
         self.group.close().await;
@@ -441,6 +495,12 @@ impl Cluster for Host {
     fn attach(&self, name: String) -> Done<'_, ()> {
         Box::pin(async move { self.attach(&name).await.map(drop) })
     }
+    fn check_address(&self, name: String, place: raft_meta::ServiceAddress) -> Done<'_, ()> {
+        Box::pin(async move { self.check_address(&name, place).await })
+    }
+    fn add_device(&self, path: PathBuf) -> Done<'_, DeviceId> {
+        Box::pin(async move { self.add_device(&path).await })
+    }
     fn join_token(&self, good_for: Duration, uses: u32) -> Done<'_, String> {
         Box::pin(async move {
             let cluster = self.identity.cluster;
@@ -465,15 +525,27 @@ async fn open_group(env: &Env, dir: &Path, links: &Arc<Links>) -> Result<RaftGro
     Ok(RaftGroup::open(env, Arc::new(files), transport, GroupOptions::default()).await?)
 }
 
-/// A device of the node, and the directory of its index.
-type OpenDisk = (Arc<dyn Disk>, PathBuf);
-
-async fn open_disks(storage: &Storage, dir: &Path, settings: &Settings) -> Result<Vec<OpenDisk>, ClusterError> {
-    let mut disks = Vec::new();
-    for (number, path) in settings.device_paths(dir).iter().enumerate() {
-        disks.push((storage.open_disk(path, None).await?, dir.join(format!("index-{number}"))));
+/// A copy of a node's directory is that node, with its vote and its devices: two of them at work would be the end of every promise.
+/// Whoever answers where this node is known to live, before this process listens there, is another process of it.
+async fn refuse_clone(
+    env: &Env,
+    links: &Links,
+    view: &MetaState,
+    identity: &Identity,
+    settings: &Settings,
+) -> Result<(), ClusterError> {
+    let own = identity.node;
+    let known = view.hosts.nodes.get(&own).map(|record| record.address.clone());
+    let places: BTreeSet<String> = known.into_iter().chain([settings.address.clone()]).collect();
+    for address in places {
+        links.learn_address(own, &address);
+        let is_there = links.is_there(env, own, CLONE_ANSWERS_WITHIN).await;
+        links.forget(own);
+        if is_there {
+            return Err(ClusterError::Cloned { node: settings.name.clone(), address });
+        }
     }
-    Ok(disks)
+    Ok(())
 }
 
 fn services(
@@ -497,11 +569,15 @@ fn services(
 /// Does what a changed metadata asks of this node.
 async fn follow(host: Arc<Host>) {
     let mut applied = host.group.subscribe();
-    let mut served = None;
+    let opened = host.node.devices().await.unwrap_or_default();
+    let (mut served, mut devices) = (None, BTreeSet::new());
+    let opened: BTreeSet<DeviceId> = opened.into_iter().map(|status| status.device).collect();
     loop {
         applied.borrow_and_update();
         let view = host.view();
         host.learn(&view);
+        let places: Arc<dyn Assignment> = Arc::new(HostMap(Arc::clone(&view)));
+        host.node.set_map(&places);
         let map = (view.epoch, view.pools.len());
         if served != Some(map) {
             match host.serve_pools(&view) {
@@ -510,6 +586,8 @@ async fn follow(host: Arc<Host>) {
             }
             host.map_changed.notify_one();
         }
+        devices.extend(opened.intersection(&view.removed_devices));
+        host.forget_devices(&view, &mut devices);
         host.fence(&view).await;
         if applied.changed().await.is_err() {
             return;
@@ -589,7 +667,7 @@ async fn introduce_once(host: &Host, view: &MetaState, address: &str) -> bool {
         commands.push(Command::SetNodeAddress { node: host.node_id(), address: host.settings.address.clone() });
     }
     for status in host.node.devices().await.unwrap_or_default() {
-        if !view.devices.contains_key(&status.device) {
+        if !view.devices.contains_key(&status.device) && !view.removed_devices.contains(&status.device) {
             let (device, capacity) = (status.device, status.capacity);
             commands.push(Command::AddDevice { device, node: host.node_id(), capacity });
         }

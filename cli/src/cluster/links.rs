@@ -6,13 +6,17 @@ use std::io;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::time::Duration;
 use xsan_env::runtime::BoxFuture;
-use xsan_env::{Moment, Stream};
+use xsan_env::{Env, Moment, Stream};
 use xsan_types::NodeId;
 use xsan_wire::config::Endpoint;
-use xsan_wire::{Class, Connect, LinkState, NodeApi, Peer, PeerInfo, RemoteNode, Service, ServiceError, ServiceId};
+use xsan_wire::{
+    CallError, Class, Connect, LinkState, NodeApi, Peer, PeerInfo, RemoteNode, Service, ServiceError, ServiceId,
+};
 
 /// The only operation of [`ServiceId::META`]: a message between replicas, behind the sender's id.
 const RAFT_MESSAGE: u16 = 1;
+/// An operation that no service has.
+const NOTHING: u16 = 0;
 
 /// How long after the next attempt was due a failed connection still counts.
 const FAILED_FOR: Duration = Duration::from_millis(500);
@@ -107,6 +111,16 @@ impl Links {
     pub fn renew(&self, node: NodeId) {
         let storage: Arc<dyn NodeApi> = Arc::new(RemoteNode::new(self.peer(node)));
         self.book_mut().nodes.insert(node, storage);
+    }
+
+    /// Whether a process answers as `node` where it is known to live.
+    pub async fn is_there(&self, env: &Env, node: NodeId, patience: Duration) -> bool {
+        let asked = self.peer(node).request(Class::Control, ServiceId::MEMBERSHIP, NOTHING, &[], patience);
+        match env.timeout(patience, asked).await {
+            Some(Err(CallError::Unavailable)) | None => false,
+            // A refusal is an answer as well.
+            Some(_) => true,
+        }
     }
 
     /// Nodes whose connections fail at `now`. One that nobody has tried for a while says nothing: it may be back.

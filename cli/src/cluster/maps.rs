@@ -4,7 +4,7 @@ use super::links::Links;
 use raft_meta::{MetaState, Node, NodeState};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use xsan_placement::FailureDomain;
+use xsan_placement::{DeviceState, FailureDomain};
 use xsan_pool::{DeviceView, PoolView};
 use xsan_types::{DeviceId, NodeId};
 use xsan_wire::node::{DeviceStatus, NodeApi};
@@ -24,7 +24,9 @@ impl Maps {
         Self { own, storage, links, statuses: Mutex::default() }
     }
 
-    fn storage_of(&self, node: NodeId) -> Arc<dyn NodeApi> {
+    /// How a node's devices are reached.
+    #[must_use]
+    pub fn storage_of(&self, node: NodeId) -> Arc<dyn NodeApi> {
         if node == self.own { Arc::clone(&self.storage) } else { self.links.storage(node) }
     }
 
@@ -40,12 +42,15 @@ impl Maps {
                 node: self.storage_of(node.id),
                 domain: Arc::from(domain(node, device.id, pool.failure_domain)),
                 up: answers(node.state),
+                leaving: device.state == DeviceState::Out,
                 sector: status.map_or(512, |status| status.sector),
                 free: status.map_or(0, |status| status.capacity.saturating_sub(status.used)),
             };
             devices.insert(device.id, seen);
         }
-        Arc::new(PoolView { epoch: view.epoch, table: pool.table.positions.clone(), devices })
+        let table = super::carry::places(pool).positions.clone();
+        let before = pool.next.as_ref().map(|_| pool.table.positions.clone()).unwrap_or_default();
+        Arc::new(PoolView { epoch: view.epoch, table, before, devices })
     }
 
     /// Asks every node that should answer for its devices.

@@ -3,7 +3,7 @@
 use super::facts::NodeReport;
 use super::host::Host;
 use raft_meta::detector::{Beat, Detector, Observed, Options};
-use raft_meta::{Command, Consensus, ReplicaId};
+use raft_meta::{Command, Consensus, NodeState, ReplicaId};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Weak};
@@ -27,6 +27,7 @@ const HEARTBEAT: u16 = 1;
 const REPORT: u16 = 2;
 const RELEASE: u16 = 3;
 const RESIZE: u16 = 4;
+const SERVE: u16 = 5;
 
 /// What a node says of itself, one way. Bodies of this service are JSON: fields are added, never changed.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -46,6 +47,13 @@ pub struct Release {
     pub volume: VolumeId,
     /// Cut its clients off.
     pub force: bool,
+}
+
+/// Asks a node to serve a volume that has an address.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Serve {
+    /// Which.
+    pub volume: VolumeId,
 }
 
 /// Asks the owner for another size.
@@ -124,6 +132,10 @@ impl Service for MembershipService {
                     let resize: Resize = decode(&body)?;
                     encode(&host.resize_here(resize.volume, resize.size).await)
                 }
+                SERVE => {
+                    let serve: Serve = decode(&body)?;
+                    encode(&host.serve_for_address(serve.volume).await)
+                }
                 _ => Err(ServiceError::NotOffered),
             }
         })
@@ -172,6 +184,11 @@ impl Host {
         self.ask(node, RELEASE, release, patience).await
     }
 
+    /// Asks a node to serve a volume that has an address; `None`: no answer in time.
+    pub async fn ask_serve(&self, node: NodeId, serve: &Serve, patience: Duration) -> Option<Reply> {
+        self.ask(node, SERVE, serve, patience).await
+    }
+
     /// Asks the owner of a volume for another size; `None`: no answer in time.
     pub async fn ask_resize(&self, node: NodeId, resize: &Resize, patience: Duration) -> Option<Reply> {
         self.ask(node, RESIZE, resize, patience).await
@@ -215,7 +232,7 @@ pub async fn lead(host: Arc<Host>, mut beats: mpsc::Receiver<Heard>) {
         tracing::info!("this node leads the metadata group");
         // What came for an earlier lead says nothing of now.
         while beats.try_recv().is_ok() {}
-        let mut looked = host.env().now();
+        let (mut looked, mut proposed) = (host.env().now(), 0);
         let mut detector = Detector::new(Options::default(), looked);
         loop {
             let term = match status.borrow_and_update() {
@@ -223,12 +240,12 @@ pub async fn lead(host: Arc<Host>, mut beats: mpsc::Receiver<Heard>) {
                 _ => break,
             };
             let now = host.env().now();
-            if now.since(looked) > FROZEN_FOR {
+            if now.since(looked) > FROZEN_FOR + PROPOSAL_FOR * proposed {
                 tracing::warn!("this process stood still: others are not judged by the time it missed");
                 detector = Detector::new(Options::default(), now);
             }
             looked = now;
-            judge(&host, &mut detector, term).await;
+            proposed = judge(&host, &mut detector, term).await;
             bring_in(&host).await;
             let pause = detector.next_at().map_or(BEAT_EVERY, |at| at.since(now).min(BEAT_EVERY));
             let first = host.env().timeout(pause.max(Duration::from_millis(5)), beats.recv()).await;
@@ -248,17 +265,20 @@ pub async fn lead(host: Arc<Host>, mut beats: mpsc::Receiver<Heard>) {
     }
 }
 
-async fn judge(host: &Host, detector: &mut Detector, term: u64) {
+/// Answers how many changes were proposed.
+async fn judge(host: &Host, detector: &mut Detector, term: u64) -> u32 {
     let (view, now) = (host.view(), host.env().now());
     let observed = view.nodes.values().filter(|node| view.node(node.id).is_some()).map(|node| Observed {
         node: node.id,
-        state: node.state,
+        // Being emptied says nothing of whether it answers.
+        state: if node.state == NodeState::Draining { NodeState::Up } else { node.state },
         has_device: view.devices_of(node.id).next().is_some(),
     });
     detector.observe(observed, now);
     for node in detector.clones() {
         tracing::error!(%node, "two processes speak for this node in turn: one is a copy of the other's files; stop one");
     }
+    let mut proposed = 0;
     for verdict in detector.decide(now) {
         let Some(node) = view.node(verdict.node) else { continue };
         let reason = verdict.reason.to_string();
@@ -271,12 +291,14 @@ async fn judge(host: &Host, detector: &mut Detector, term: u64) {
             now_millis: host.env().wall_millis(),
             reason,
         };
+        proposed += 1;
         // Without an answer it is looked at again; a refusal means that somebody was faster.
         let outcome = host.env().timeout(PROPOSAL_FOR, host.group().propose(command)).await;
         if let Some(Err(error)) = outcome {
             tracing::debug!(node = %node.name, %error, "the change of a node's state was refused");
         }
     }
+    proposed
 }
 
 /// Replicas of nodes that were admitted and are no members yet.

@@ -4,9 +4,15 @@
 //! volumes a process serves; [`export`] shows them to the gateway; [`facts`] is what both tell of themselves, [`events`]
 //! what happened.
 //! Of hosts: [`founding`] (how one becomes a node), [`identity`] and [`settings`] (its files), [`links`] (how others are reached),
-//! [`membership`] (who is up), [`maps`] (what pools know), [`serving`] (who serves a volume).
+//! [`membership`] (who is up), [`maps`] (what pools know), [`serving`] (who serves a volume), [`addresses`] (where it is reached), [`moves`] (where data should be) and
+//! [`carry`] (bringing it there).
 
+pub mod addresses;
+#[cfg(feature = "canary")]
+pub mod canary;
+pub mod carry;
 pub mod dev;
+pub mod devices;
 pub mod events;
 pub mod export;
 pub mod facts;
@@ -17,6 +23,7 @@ pub mod identity;
 pub mod links;
 pub mod maps;
 pub mod membership;
+pub mod moves;
 mod probe;
 pub mod serving;
 pub mod settings;
@@ -71,6 +78,10 @@ pub trait Cluster: Send + Sync + 'static {
     fn start_node(&self, name: String) -> Done<'_, ()>;
     /// Moves a volume to this process.
     fn attach(&self, name: String) -> Done<'_, ()>;
+    /// Looks whether a volume may have an address, as far as this process can see.
+    fn check_address(&self, name: String, place: raft_meta::ServiceAddress) -> Done<'_, ()>;
+    /// Makes a blank disk of this process's host a device; answers its id.
+    fn add_device(&self, path: std::path::PathBuf) -> Done<'_, xsan_types::DeviceId>;
     /// A token that lets hosts in.
     fn join_token(&self, good_for: Duration, uses: u32) -> Done<'_, String>;
 }

@@ -5,14 +5,15 @@ use super::host::Host;
 use super::maps::answers;
 use super::membership::{Release, Reply, Resize};
 use super::volumes::Attached;
-use crate::cluster::export::{VolumeExport, volume_info};
+use crate::cluster::export::{VolumeExport, export_key, volume_info};
 use crate::error::ClusterError;
-use raft_meta::{Command, Consensus, MetaState, Served};
+use raft_meta::{Command, Consensus, MetaError, MetaState, Served};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
+use tokio::sync::OwnedMutexGuard;
 use xsan_env::runtime::BoxFuture;
 use xsan_gateway::{Export, ExportInfo, Exports, OpenError, Transport};
-use xsan_types::{ErrorKind, NodeId, VolumeId};
+use xsan_types::{ErrorKind, Generation, NodeId, VolumeId};
 
 /// How long another node has to hand a volume over before it is taken without its help.
 const RELEASE_FOR: Duration = Duration::from_secs(2);
@@ -24,6 +25,8 @@ const LEFT_FOR: Duration = Duration::from_secs(1);
 const AWAY_FOR: Duration = Duration::from_secs(5);
 /// A resize waits for what is being written.
 const RESIZE_FOR: Duration = Duration::from_secs(30);
+/// How long a client waits for the newest metadata before it is told that there is none.
+const NEWEST_FOR: Duration = Duration::from_secs(5);
 /// The note of who serves is worth no longer wait at shutdown.
 const NOTE_FOR: Duration = Duration::from_secs(1);
 
@@ -51,14 +54,23 @@ impl Host {
             attached.pin();
             return Ok(attached);
         }
-        if let Some(owner) = self.other_owner(&view, id) {
+        // From here on clients that ask for it here wait for the outcome.
+        let taking = Taking::begin(self, id).await;
+        if let Some(attached) = self.volumes().serving(id) {
+            attached.pin();
+            return Ok(attached);
+        }
+        let owner = self.other_owner(&self.view(), id);
+        // Before the other one lets go: its clients ask around at once, and no third node shall take the volume for one of them.
+        let generation = self.note_taking(id).await;
+        if let Some(owner) = owner {
             match self.ask_release(owner, &Release { volume: id, force: true }, RELEASE_FOR).await {
                 Some(Reply::Done) => {}
                 // Without its help the volume is recovered, and the other one is fenced.
                 answer => tracing::warn!(volume = name, %owner, ?answer, "taken over without a hand-over"),
             }
         }
-        let attached = self.take(id, name).await?;
+        let attached = self.take(taking, generation, name).await?;
         attached.pin();
         Ok(attached)
     }
@@ -68,11 +80,12 @@ impl Host {
     /// # Errors
     /// No such volume; it is served by another node, for other clients; why the take-over failed.
     pub async fn open_for_client(&self, name: &str) -> Result<Arc<Attached>, ClusterError> {
-        // A volume made on another node a moment ago may not be known here yet.
-        let view = match self.view().volume_named(name) {
-            Some(_) => self.view(),
-            None => self.newest_view().await?,
-        };
+        if let Some(attached) = self.view().volume_named(name).and_then(|volume| self.volumes().serving(volume.id)) {
+            return Ok(attached);
+        }
+        // By an old view somebody who has been fenced, or cut off, would take the volume from its owner.
+        let newest = self.env().timeout(NEWEST_FOR, self.newest_view()).await;
+        let view = newest.unwrap_or(Err(MetaError::NoAnswer.into()))?;
         let id = self.find(&view, name)?;
         if let Some(attached) = self.volumes().serving(id) {
             return Ok(attached);
@@ -80,11 +93,14 @@ impl Host {
         let since = self.env().now();
         loop {
             let view = self.view();
-            if self.is_leaving(id) && view.hosts.served.get(&id).is_none_or(|served| served.node == self.node_id()) {
-                return Err(ClusterError::ServedElsewhere { name: name.to_owned(), node: "another node".into() });
+            let owner = self.other_owner(&view, id);
+            let owner_name = owner.and_then(|owner| view.node(owner)).map(|node| node.name.to_string());
+            let is_unknown = view.hosts.served.get(&id).is_none_or(|served| served.node == self.node_id());
+            if self.is_leaving(id) && (owner.is_some() || is_unknown) {
+                let node = owner_name.unwrap_or_else(|| "another node".to_owned());
+                return Err(ClusterError::ServedElsewhere { name: name.to_owned(), node });
             }
-            let Some(owner) = self.other_owner(&view, id) else { break };
-            let owner_name = view.node(owner).map_or_else(String::new, |node| node.name.to_string());
+            let (Some(owner), Some(owner_name)) = (owner, owner_name) else { break };
             let release = Release { volume: id, force: false };
             let answer = tokio::select! {
                 biased;
@@ -114,7 +130,21 @@ impl Host {
                 }
             }
         }
-        self.take(id, name).await
+        self.take_unserved(id, name).await
+    }
+
+    /// Takes a volume over that nobody serves, for a client or so that it is reached at its address.
+    ///
+    /// # Errors
+    /// Why the take-over failed.
+    pub(super) async fn take_unserved(&self, id: VolumeId, name: &str) -> Result<Arc<Attached>, ClusterError> {
+        let taking = Taking::begin(self, id).await;
+        // Whoever had the turn before may have done it.
+        if let Some(attached) = self.volumes().serving(id) {
+            return Ok(attached);
+        }
+        let generation = self.note_taking(id).await;
+        self.take(taking, generation, name).await
     }
 
     /// Completes when `owner` should not answer any more, or another one serves the volume.
@@ -123,11 +153,44 @@ impl Host {
         while self.other_owner(&self.view(), id) == Some(owner) && applied.changed().await.is_ok() {}
     }
 
-    async fn take(&self, id: VolumeId, name: &str) -> Result<Arc<Attached>, ClusterError> {
+    /// Notes that the volume will be served here, so that others do not begin the same: recovery may take a while. Answers the
+    /// generation that it is noted under.
+    async fn note_taking(&self, id: VolumeId) -> Generation {
         self.releasing.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
-        let attached = self.volumes().attach(name).await?;
-        self.note_served(&attached, Some(self.node_id()));
-        Ok(attached)
+        let generation = self.view().volume(id).map(|volume| volume.register().generation.next()).unwrap_or_default();
+        let note = Command::VolumeServed { volume: id, generation, node: Some(self.node_id()) };
+        let _ = self.env().timeout(NOTE_FOR, self.group().propose(note)).await;
+        generation
+    }
+
+    async fn take(
+        &self,
+        taking: Taking<'_>,
+        generation: Generation,
+        name: &str,
+    ) -> Result<Arc<Attached>, ClusterError> {
+        match self.volumes().attach(name).await {
+            Ok(attached) => {
+                self.note_served(&attached, Some(self.node_id()));
+                self.addresses().look();
+                Ok(attached)
+            }
+            Err(error) => {
+                // Not another's note: one that was quicker may have taken the very generation that was foreseen here.
+                let id = taking.volume;
+                if self.view().hosts.served.get(&id).is_some_and(|served| served.node == self.node_id()) {
+                    let note = Command::VolumeServed { volume: id, generation, node: None };
+                    let noted = self.group().propose(note);
+                    // Else the next one asks this node, which says so itself.
+                    drop(self.env().spawn("not served", async move { drop(noted.await) }));
+                }
+                Err(error)
+            }
+        }
+    }
+
+    pub(super) fn is_taking(&self, id: VolumeId) -> bool {
+        self.taking.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&id)
     }
 
     /// Notes in the metadata who serves; nobody waits for it.
@@ -141,7 +204,7 @@ impl Host {
         }));
     }
 
-    fn is_leaving(&self, id: VolumeId) -> bool {
+    pub(super) fn is_leaving(&self, id: VolumeId) -> bool {
         let mut releasing = self.releasing.lock().unwrap_or_else(PoisonError::into_inner);
         let now = self.env().now();
         releasing.retain(|_, since| now.since(*since) < AWAY_FOR);
@@ -150,21 +213,24 @@ impl Host {
 
     /// Lets a volume go for another node.
     pub async fn release(&self, id: VolumeId, force: bool) -> Reply {
-        let Some(attached) = self.volumes().serving(id) else { return Reply::Done };
+        let Some(attached) = self.volumes().serving(id) else {
+            // It is going to be served here: nobody waits for that to end.
+            return if self.is_taking(id) && !force { Reply::InUse { clients: 0 } } else { Reply::Done };
+        };
         let clients = self.clients(id);
         if (clients > 0 || attached.is_pinned()) && !force {
             return Reply::InUse { clients };
         }
         self.releasing.lock().unwrap_or_else(PoisonError::into_inner).insert(id, self.env().now());
-        let name = attached.name();
-        tracing::info!(volume = name, clients, "handed over to another node");
+        tracing::info!(volume = attached.name(), clients, "handed over to another node");
         // First what is under way, so that clients are told of all that was done for them.
-        if let Some(gateway) = self.gateway.get() {
-            gateway.disconnect(&name).await;
-        }
+        self.give_address_up(id).await;
         match self.volumes().detach(id).await {
             Ok(()) => {
-                self.note_served(&attached, None);
+                // Who asked for it says so next; for the moment between nobody else is to be looked for.
+                if !self.view().addresses.contains_key(&id) {
+                    self.note_served(&attached, None);
+                }
                 Reply::Done
             }
             Err(error) => Reply::Failed { message: error.to_string() },
@@ -216,7 +282,11 @@ impl Host {
         }
         if let Some(owner) = self.other_owner(&view, id) {
             match self.ask_release(owner, &Release { volume: id, force }, RELEASE_FOR).await {
-                Some(Reply::InUse { clients }) => return Err(in_use(clients)),
+                Some(Reply::InUse { clients: clients @ 1.. }) => return Err(in_use(clients)),
+                // It was attached there, and nobody uses it.
+                Some(Reply::InUse { .. }) => {
+                    self.ask_release(owner, &Release { volume: id, force: true }, RELEASE_FOR).await;
+                }
                 Some(_) => {}
                 // What it serves ends with the register; unasked it is not done to clients that may be there.
                 None if force => {}
@@ -225,7 +295,7 @@ impl Host {
         }
         self.volumes().delete(id, pool).await?;
         if let Some(gateway) = self.gateway.get() {
-            gateway.disconnect(name).await;
+            gateway.disconnect(&export_key(id)).await;
         }
         Ok(())
     }
@@ -243,16 +313,28 @@ impl Host {
                 continue;
             }
             let Some(attached) = self.volumes().let_go(id) else { continue };
-            let (host, name) = (Arc::clone(self), attached.name());
-            tracing::info!(volume = name, generation = %status.generation, "another owner has the volume");
+            let host = Arc::clone(self);
+            tracing::info!(volume = attached.name(), generation = %status.generation, "another owner has the volume");
             attached.move_away();
             attached.volume.abandon();
+            self.addresses().look();
             drop(self.env().spawn("fenced volume", async move {
                 if let Some(gateway) = host.gateway.get() {
-                    gateway.disconnect(&name).await;
+                    gateway.disconnect(&export_key(id)).await;
                 }
             }));
         }
+    }
+
+    /// Hands a volume over, to whoever is next.
+    pub(super) async fn give_volume_up(&self, id: VolumeId) {
+        let Some(attached) = self.volumes().serving(id) else { return };
+        if let Err(error) = self.volumes().detach(id).await {
+            tracing::warn!(volume = attached.name(), %error, "not handed over");
+        }
+        let generation = attached.volume.status().generation;
+        let note = Command::VolumeServed { volume: id, generation, node: None };
+        let _ = self.env().timeout(NOTE_FOR, self.group().propose(note)).await;
     }
 
     /// Hands every volume over, before the process ends.
@@ -260,11 +342,39 @@ impl Host {
         let served: Vec<Arc<Attached>> =
             self.volumes().statuses().keys().filter_map(|&id| self.volumes().serving(id)).collect();
         self.volumes().close().await;
-        for attached in served {
+        let notes = served.iter().map(|attached| {
             let generation = attached.volume.status().generation;
-            let note = Command::VolumeServed { volume: attached.id, generation, node: None };
-            // Without it the next owner asks a node that is gone, and finds it down.
-            let _ = self.env().timeout(NOTE_FOR, self.group().propose(note)).await;
+            self.group().propose(Command::VolumeServed { volume: attached.id, generation, node: None })
+        });
+        // Without them the next owner asks a node that is gone, and finds it down.
+        let _ = self.env().timeout(NOTE_FOR, futures::future::join_all(notes)).await;
+    }
+}
+
+/// A take-over under way, one at a time of a volume; ends when it is dropped.
+struct Taking<'a> {
+    host: &'a Host,
+    volume: VolumeId,
+    turn: Option<OwnedMutexGuard<()>>,
+}
+
+impl<'a> Taking<'a> {
+    async fn begin(host: &'a Host, volume: VolumeId) -> Self {
+        let turn = Arc::clone(host.taking.lock().unwrap_or_else(PoisonError::into_inner).entry(volume).or_default());
+        // Made first: whoever is dropped while it waits tidies up as well.
+        let mut taking = Self { host, volume, turn: None };
+        taking.turn = Some(turn.lock_owned().await);
+        taking
+    }
+}
+
+impl Drop for Taking<'_> {
+    fn drop(&mut self) {
+        let mut taking = self.host.taking.lock().unwrap_or_else(PoisonError::into_inner);
+        self.turn = None;
+        // The map's own: nobody has the turn or waits for it.
+        if taking.get(&self.volume).is_some_and(|turn| Arc::strong_count(turn) == 1) {
+            taking.remove(&self.volume);
         }
     }
 }

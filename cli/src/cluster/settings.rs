@@ -2,6 +2,7 @@
 
 use crate::error::ClusterError;
 use serde::{Deserialize, Serialize};
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -31,15 +32,18 @@ pub struct Settings {
     /// Where NBD is served over TCP; on the unix socket `nbd.sock` in any case.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd: Option<SocketAddr>,
+    /// The interface that service addresses are put on, if their volume names none; by default the one in their subnet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service_interface: Option<String>,
     /// Mode of the NBD socket, octal.
     #[serde(default = "default_socket_mode")]
     pub socket_mode: String,
     /// Group of the NBD socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket_group: Option<String>,
-    /// Block devices or files for data; none: `device.img` in the node's directory.
-    #[serde(default)]
-    pub devices: Vec<PathBuf>,
+    /// Block devices or files for data; not named: `device.img` in the node's directory. An empty list: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub devices: Option<Vec<PathBuf>>,
     /// Threads that serve I/O.
     #[serde(default = "default_workers")]
     pub workers: usize,
@@ -74,7 +78,7 @@ impl Settings {
     pub fn write(&self, path: &Path) -> Result<(), ClusterError> {
         let text = toml::to_string(self).map_err(|error| ClusterError::Invalid(error.to_string()))?;
         let text = format!("# Settings of this node; read when it starts.\n{text}");
-        std::fs::write(path, text).map_err(ClusterError::io(format!("cannot write {}", path.display())))
+        replace(path, text.as_bytes()).map_err(ClusterError::io(format!("cannot write {}", path.display())))
     }
 
     /// Mode of the NBD socket.
@@ -89,7 +93,20 @@ impl Settings {
     /// The devices of a node in `dir`.
     #[must_use]
     pub fn device_paths(&self, dir: &Path) -> Vec<PathBuf> {
-        if self.devices.is_empty() { vec![dir.join("device.img")] } else { self.devices.clone() }
+        self.devices.clone().unwrap_or_else(|| vec![dir.join("device.img")])
+    }
+}
+
+/// A loss of power leaves the old content or the new one: without its devices a node would be another one.
+fn replace(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let new = path.with_extension("toml.new");
+    let mut file = std::fs::File::create(&new)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    std::fs::rename(&new, path)?;
+    match path.parent() {
+        Some(dir) => std::fs::File::open(dir)?.sync_all(),
+        None => Ok(()),
     }
 }
 
@@ -109,9 +126,10 @@ mod tests {
             listen: "127.0.0.1:7400".parse().expect("an address"),
             address: "h1:7400".into(),
             nbd: None,
+            service_interface: Some("eth1".into()),
             socket_mode: "660".into(),
             socket_group: None,
-            devices: vec!["/dev/sdb".into()],
+            devices: Some(vec!["/dev/sdb".into()]),
             workers: 2,
         };
         settings.write(&path).expect("written");

@@ -83,6 +83,22 @@ impl Storage {
         opened.map_err(|error| failed(error.to_string()))
     }
 
+    /// Opens one more device of a node.
+    ///
+    /// # Errors
+    /// As [`Storage::open_node`].
+    pub async fn add_device(
+        &self,
+        node: &Node,
+        name: &str,
+        (disk, index): &(Arc<dyn Disk>, PathBuf),
+    ) -> Result<(), ClusterError> {
+        let failed = |error: NodeOpenError| ClusterError::Node { node: name.to_owned(), reason: error.to_string() };
+        let index = FjallIndex::open(&self.env, index.clone()).await.map_err(|error| failed(error.into()))?;
+        let handle = DeviceHandle { disk: Arc::clone(disk), index: Box::new(index) };
+        node.add_device(handle).await.map(drop).map_err(failed)
+    }
+
     async fn open_devices(
         &self,
         cluster: ClusterId,

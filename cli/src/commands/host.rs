@@ -199,9 +199,10 @@ impl NewNode {
             listen: self.listen,
             address,
             nbd: self.nbd,
+            service_interface: None,
             socket_mode: "660".into(),
             socket_group: None,
-            devices: self.device.clone(),
+            devices: Some(self.device.clone()).filter(|devices| !devices.is_empty()),
             workers: 1,
         };
         let dir = std::path::absolute(&self.dir).map_err(ClusterError::io("directory"))?;
@@ -306,20 +307,31 @@ pub(super) async fn run(args: RunArgs) -> Result<(), Failure> {
     let seconds = env.now().since(began).as_secs_f64();
     println!("xsan: node {} ready in {seconds:.2} s ({})", host.settings().name, host.backend());
     serving.introduce();
-    if args.until_stdin_ends {
-        tokio::select! {
-            biased;
-            () = signals.wait() => {}
-            () = stdin_ends(&env) => {}
+    let mut replica = host.group().status();
+    let stdin = async {
+        match args.until_stdin_ends {
+            true => stdin_ends(&env).await,
+            false => std::future::pending().await,
         }
-    } else {
-        signals.wait().await;
-    }
-    tracing::info!("shutting down");
+    };
+    let is_faulty = tokio::select! {
+        biased;
+        () = signals.wait() => false,
+        () = stdin => false,
+        // What it holds of the metadata cannot be written any more: started anew, it may.
+        stopped = replica.wait_for(|status| status.faulty) => stopped.is_ok(),
+    };
+    tracing::info!(is_faulty, "shutting down");
+    // Clients at service addresses go on elsewhere: they are not told that this is the end.
+    host.leave_addresses().await;
     serving.end(&gateway).await;
     host.close().await;
     // Gone already if somebody tidied up.
     let _ = std::fs::remove_file(pid);
+    if is_faulty {
+        let next = "see its log: the disk of its directory failed or is full; what starts it (systemd) starts it again";
+        return Err(Failure::Usage("this node's replica of the metadata has stopped".into(), Some(next.into())));
+    }
     Ok(())
 }
 

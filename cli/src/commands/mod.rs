@@ -3,6 +3,7 @@
 mod debug;
 mod dev;
 mod host;
+mod moves;
 mod output;
 mod processes;
 mod serve;
@@ -125,6 +126,29 @@ struct CreatePoolArgs {
 enum DeviceCommand {
     /// List the devices of all nodes.
     List,
+    /// Make a blank disk of the host that is asked a device. Its share of the data moves there by itself.
+    Add {
+        /// A block device or file on that host.
+        path: PathBuf,
+    },
+    /// Move a device's data to the others, then forget it. Shows progress; goes on if this command is interrupted.
+    Remove {
+        /// Its id, or how it begins (`xsan device list`).
+        device: String,
+        /// Do not wait until its data has moved; give the command again later.
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// Add a disk and move the data of another device to it (and to the rest, as they are due).
+    Replace {
+        /// The id of the device that goes, or how it begins.
+        device: String,
+        /// A blank block device or file of the host that is asked.
+        path: PathBuf,
+        /// Do not wait until its data has moved.
+        #[arg(long)]
+        no_wait: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -146,6 +170,20 @@ enum NodeCommand {
         name: String,
         /// Its new name.
         new_name: String,
+    },
+    /// Move all data off a node, so that it can be unplugged without loss of redundancy. Shows progress; goes on if this
+    /// command is interrupted.
+    #[command(after_help = "Example:
+  xsan node drain n3 && ssh n3 systemctl disable --now xsan && xsan node remove n3")]
+    Drain {
+        /// Its name.
+        name: String,
+        /// Take it back in: data moves back.
+        #[arg(long)]
+        cancel: bool,
+        /// Do not wait until its data has moved.
+        #[arg(long)]
+        no_wait: bool,
     },
     /// Forget a node that is down for good and holds no positions of placement groups. Asks first.
     Remove {
@@ -292,6 +330,7 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Health => health(&client()?, cli.output).await,
         Command::Events { follow } => events(&client()?, follow, cli.output).await,
         Command::Device(DeviceCommand::List) => devices(&client()?, cli.output).await,
+        Command::Device(command) => moves::device(&client()?, command, cli.output).await,
         Command::Pool(command) => pool(&client()?, command, cli.output).await,
         Command::Volume(command) => volume::run(&client()?, command, cli.output).await,
         Command::Cluster(command) => host::cluster(command, client().ok(), cli.output).await,
@@ -444,6 +483,7 @@ async fn node(client: &Client, command: NodeCommand, output: Output) -> Result<(
             let done: Done = client.call(Method::DELETE, &format!("/v1/nodes/{name}"), &Done {}).await?;
             output::done(output, &done, &format!("node {name} removed"));
         }
+        NodeCommand::Drain { name, cancel, no_wait } => moves::drain(client, &name, cancel, no_wait, output).await?,
         NodeCommand::Stop { name, crash } => {
             let path = format!("/v1/nodes/{name}/stop");
             let done: Done = client.call(Method::POST, &path, &StopNode { crash }).await?;

@@ -1,7 +1,7 @@
 //! How results look.
 
 use super::Output;
-use crate::admin::api::{ClusterStatus, DeviceInfo, NodeStatus, PoolStatus, Problem, VolumeInfo};
+use crate::admin::api::{ClusterStatus, DeviceInfo, MoveStatus, NodeStatus, PoolStatus, Problem, VolumeInfo};
 use crate::cluster::events::Event;
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
@@ -69,9 +69,24 @@ pub(super) fn status(status: &ClusterStatus) {
     } else {
         volumes(&status.volumes);
     }
+    for told in &status.moves {
+        line!("{}", moving(told));
+    }
     for address in &status.nbd {
         line!("NBD: {address}");
     }
+}
+
+/// One line about data on its way.
+pub(super) fn moving(told: &MoveStatus) -> String {
+    let (done, total) = (format_bytes(told.done_bytes), format_bytes(told.total_bytes));
+    let device = told.device.get(..8).unwrap_or(&told.device);
+    let rest = match (&told.waits_for, told.eta_seconds) {
+        (Some(reason), _) => format!("waits: {reason}"),
+        (None, Some(seconds)) => format!("{}/s, {seconds} s left", format_bytes(told.rate)),
+        (None, None) => "begins".to_owned(),
+    };
+    format!("pool {}: {done} of {total} moved off device {device} of {}: {rest}", told.pool, told.node)
 }
 
 pub(super) fn nodes(nodes: &[NodeStatus]) {
@@ -86,9 +101,10 @@ pub(super) fn nodes(nodes: &[NodeStatus]) {
             (false, true) => node.state.clone(),
             (false, false) => format!("{} (silent)", node.state),
         };
-        vec![node.name.clone(), state, used, node.shards.to_string(), node.members.to_string()]
+        let metadata = node.metadata.map_or_else(|| "-".to_owned(), |role| role.to_string());
+        vec![node.name.clone(), state, used, node.shards.to_string(), node.members.to_string(), metadata]
     };
-    table(&["node", "state", "used", "shards", "journals"], &[2, 3, 4], nodes.iter().map(row).collect());
+    table(&["node", "state", "used", "shards", "journals", "metadata"], &[2, 3, 4], nodes.iter().map(row).collect());
 }
 
 pub(super) fn problems(problems: &[Problem]) {
@@ -110,7 +126,7 @@ pub(super) fn event(event: &Event) {
 
 pub(super) fn devices(devices: &[(String, DeviceInfo)]) {
     let row = |(node, device): &(String, DeviceInfo)| {
-        let state = if device.failed { "failed" } else { "ok" };
+        let state = if device.failed { "failed" } else { device.state.as_str() };
         vec![
             device.id.clone(),
             node.clone(),
@@ -136,6 +152,9 @@ pub(super) fn node(node: &NodeStatus) {
     }
     line!("shards    {}", node.shards);
     line!("journals  {}", node.members);
+    if let Some(role) = node.metadata {
+        line!("metadata  {role}");
+    }
 }
 
 pub(super) fn pools(pools: &[PoolStatus]) {
@@ -165,9 +184,11 @@ pub(super) fn volumes(volumes: &[VolumeInfo]) {
             volume.ack.clone(),
             volume.state.clone(),
             volume.clients.to_string(),
+            volume.address.as_ref().map_or_else(|| "-".to_owned(), |told| told.address.clone()),
         ]
     };
-    table(&["volume", "size", "pool", "ack", "state", "clients"], &[1, 5], volumes.iter().map(row).collect());
+    let header = ["volume", "size", "pool", "ack", "state", "clients", "address"];
+    table(&header, &[1, 5], volumes.iter().map(row).collect());
 }
 
 pub(super) fn volume(volume: &VolumeInfo) {
@@ -185,6 +206,13 @@ pub(super) fn volume(volume: &VolumeInfo) {
     line!("clients     {}", volume.clients);
     line!("generation  {}", volume.generation);
     line!("uri         {}", volume.uri);
+    if let Some(address) = &volume.address {
+        let held = address.node.as_ref().map_or_else(|| "nobody has it".to_owned(), |node| format!("at {node}"));
+        line!("address     {} ({held}): {}", address.address, address.uri);
+        if let Some(fault) = &address.fault {
+            line!("            {fault}");
+        }
+    }
     let Some(engine) = &volume.engine else { return };
     line!("journal     {} of {} members", engine.members, engine.members_wanted);
     line!(

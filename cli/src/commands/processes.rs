@@ -172,9 +172,10 @@ fn new_settings(number: usize, nbd: Option<SocketAddr>) -> Result<Settings, Fail
         listen,
         address: listen.to_string(),
         nbd: nbd.filter(|_| number == 1),
+        service_interface: None,
         socket_mode: "660".into(),
         socket_group: None,
-        devices: Vec::new(),
+        devices: None,
         workers: 1,
     })
 }

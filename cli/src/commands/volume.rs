@@ -1,7 +1,7 @@
 //! `xsan volume …`
 
 use super::{Failure, Output, fetch, output};
-use crate::admin::api::{ChangeVolume, CreateVolume, DeleteVolume, Done, VolumeInfo};
+use crate::admin::api::{ChangeVolume, CreateVolume, DeleteVolume, Done, SetAddress, VolumeInfo};
 use crate::admin::client::Client;
 use clap::Subcommand;
 use hyper::Method;
@@ -28,10 +28,17 @@ pub(super) enum VolumeCommand {
         /// When writes are acknowledged: `replicated` (on several nodes, stable at the next flush) or `persisted` (stable at once).
         #[arg(long, value_parser = ["replicated", "persisted"])]
         ack: Option<String>,
+        /// An address that follows the volume from host to host, for NBD clients on the network, for example 10.0.0.50/24.
+        #[arg(long, value_name = "ADDR/PREFIX")]
+        address: Option<String>,
+        /// The interface for it, of that name on every host; by default the one in its subnet.
+        #[arg(long, requires = "address")]
+        interface: Option<String>,
     },
     /// List volumes.
     List,
     /// Show one volume.
+    #[command(visible_alias = "show")]
     Stat {
         /// Its name.
         name: String,
@@ -46,6 +53,23 @@ pub(super) enum VolumeCommand {
         /// Allow a smaller size: what lies beyond it is discarded.
         #[arg(long)]
         shrink: bool,
+    },
+    /// Give a volume an address that follows it from host to host, for NBD clients on the network.
+    #[command(after_help = "Examples:
+  xsan volume set-address vm1 10.0.0.50/24
+  xsan volume set-address vm1 --none")]
+    SetAddress {
+        /// Its name.
+        name: String,
+        /// The address with its prefix; nobody else may have it.
+        #[arg(value_name = "ADDR/PREFIX", required_unless_present = "none", conflicts_with = "none")]
+        address: Option<String>,
+        /// The interface it is put on, of that name on every host; by default the one in its subnet.
+        #[arg(long, conflicts_with = "none")]
+        interface: Option<String>,
+        /// Take its address away; clients there are cut off.
+        #[arg(long)]
+        none: bool,
     },
     /// Give a volume another name.
     Rename {
@@ -74,8 +98,9 @@ pub(super) enum VolumeCommand {
 
 pub(super) async fn run(client: &Client, command: VolumeCommand, output: Output) -> Result<(), Failure> {
     match command {
-        VolumeCommand::Create { name, size, pool, ack } => {
-            let request = CreateVolume { name: name.clone(), size, pool, ack };
+        VolumeCommand::Create { name, size, pool, ack, address, interface } => {
+            let address = address.map(|address| SetAddress { address: Some(address), interface });
+            let request = CreateVolume { name: name.clone(), size, pool, ack, address };
             let _: Done = client.call(Method::POST, "/v1/volumes", &request).await?;
             let volume = find(client, &name).await?;
             match output {
@@ -101,6 +126,15 @@ pub(super) async fn run(client: &Client, command: VolumeCommand, output: Output)
             let request = ChangeVolume { size: Some(size), shrink, name: None };
             let done: Done = client.call(Method::PATCH, &format!("/v1/volumes/{name}"), &request).await?;
             output::done(output, &done, &format!("volume {name} resized; clients see it when they connect again"));
+        }
+        VolumeCommand::SetAddress { name, address, interface, none: _ } => {
+            let told = match &address {
+                Some(address) => format!("volume {name} is reached at {address}, whichever host serves it"),
+                None => format!("volume {name} has no address of its own any more"),
+            };
+            let request = SetAddress { address, interface };
+            let done: Done = client.call(Method::POST, &format!("/v1/volumes/{name}/address"), &request).await?;
+            output::done(output, &done, &told);
         }
         VolumeCommand::Rename { name, new_name } => {
             let request = ChangeVolume { name: Some(new_name.clone()), ..ChangeVolume::default() };

@@ -222,7 +222,7 @@ impl Haggling<'_> {
             None => return Ok(Err(Absent::Shutdown)),
         };
         let info = export.info();
-        if let Err(turned) = self.guard.enter(&info.name, info.multi_conn).await {
+        if let Err(turned) = self.guard.enter(&export.key(), info.multi_conn).await {
             tracing::info!(export = name, ?turned, "connection closed before it was served");
             return Err(Closed);
         }

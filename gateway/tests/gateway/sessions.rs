@@ -1,12 +1,14 @@
 //! P12 and the end of the server.
 
-use crate::support::{NAME, STYLES, World, is_closed};
+use crate::support::{NAME, SIZE, STYLES, World, is_closed, pool};
 use futures::FutureExt;
+use std::sync::Arc;
 use std::time::Duration;
 use xsan_env::net::{Listener, Stream, UnixOptions};
-use xsan_gateway::Tls;
 use xsan_gateway::client::{Client, Connect, Negotiation, Request};
+use xsan_gateway::memory_export::MemoryExport;
 use xsan_gateway::nbd::proto::{Style, command, option, option_reply};
+use xsan_gateway::{Export, Tls};
 
 /// Long enough for any machine; conditions end the waits, not this.
 const GRACE: Duration = Duration::from_secs(60);
@@ -45,6 +47,60 @@ async fn an_idle_old_connection_is_replaced_also_by_export_name() {
     let mut new = negotiation.export_name(NAME, false).await.expect("served");
     assert!(is_closed(old.stream()).await);
     assert!(new.read(0, 512).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_client_under_a_new_name_replaces_the_one_under_the_old_name() {
+    for style in STYLES {
+        let world = World::single();
+        let mut old = world.connect(style).await;
+        world.export.inner.rename("renamed");
+        world.export.hold();
+        let request = old.write_request(0, &[1; 4096], 0);
+        old.send(request).await.expect("sent");
+        world.export.wait_started(1).await;
+        let how = Connect::in_style("renamed", style);
+        let mut connecting = Box::pin(Client::connect(world.dial(), &how));
+        tokio::select! {
+            biased;
+            closed = is_closed(old.stream()) => assert!(closed),
+            _ = &mut connecting => panic!("let in while the write of the old client may land"),
+        }
+        world.export.release();
+        let mut new = connecting.await.expect("let in now");
+        assert_eq!(new.read(0, 4096).await.expect("read"), [1; 4096]);
+        assert_eq!(world.server.clients(NAME).len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn clients_of_all_names_are_counted_and_cut_by_the_key() {
+    let world = World::new();
+    let mut old = world.connect(Style::Extended).await;
+    world.export.inner.rename("renamed");
+    let mut new = world.connect_to("renamed", Style::Extended).await;
+    assert!(old.read(0, 512).await.is_ok(), "a new name cuts nobody");
+    assert_eq!(world.server.clients(&world.export.key()).len(), 2);
+    assert!(world.server.clients("renamed").is_empty(), "a name is no key");
+    world.server.disconnect(&world.export.key()).await;
+    assert!(is_closed(old.stream()).await && is_closed(new.stream()).await);
+    assert_eq!(world.server.connections(), 0);
+}
+
+#[tokio::test]
+async fn another_export_that_got_the_name_has_its_own_clients() {
+    let other = Arc::new(MemoryExport::new("other", SIZE, false, pool()));
+    let world = World::beside(false, [Arc::clone(&other) as Arc<dyn Export>]);
+    let mut old = world.connect(Style::Simple).await;
+    world.export.inner.rename("renamed");
+    other.rename(NAME);
+    let mut new = world.connect(Style::Simple).await;
+    assert!(old.read(0, 512).await.is_ok(), "nobody came for its export");
+    let counted = |key: &str| world.server.clients(key).len();
+    assert_eq!((counted(&world.export.key()), counted(&other.key())), (1, 1));
+    world.server.disconnect(&other.key()).await;
+    assert!(is_closed(new.stream()).await);
+    assert!(old.read(0, 512).await.is_ok(), "it was not meant");
 }
 
 #[tokio::test]

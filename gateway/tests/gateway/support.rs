@@ -73,6 +73,9 @@ impl Held {
 }
 
 impl Export for Held {
+    fn key(&self) -> String {
+        self.inner.key()
+    }
     fn info(&self) -> ExportInfo {
         ExportInfo { multi_conn: self.multi_conn, ..self.inner.info() }
     }
@@ -101,7 +104,7 @@ impl Export for Held {
     }
 }
 
-/// A server with one export.
+/// A server with one export: `NAME`, and that is its key too, also when a test renames it.
 pub struct World {
     pub env: Env,
     pub server: Server,
@@ -127,7 +130,17 @@ impl World {
         info.description = "a test volume".into();
         change(&mut info);
         let export = Held::new(MemoryExport::with_info(info, pool()), multi_conn);
-        let exports = MemoryExports::new([Arc::clone(&export) as Arc<dyn Export>]);
+        Self::serving(env, export, [], limits)
+    }
+
+    /// A server with more exports than the one that is looked at.
+    pub fn beside(multi_conn: bool, others: impl IntoIterator<Item = Arc<dyn Export>>) -> Self {
+        let export = Held::new(MemoryExport::new(NAME, SIZE, multi_conn, pool()), multi_conn);
+        Self::serving(OsRuntime::current(), export, others, Limits::default())
+    }
+
+    fn serving(env: Env, export: Arc<Held>, others: impl IntoIterator<Item = Arc<dyn Export>>, limits: Limits) -> Self {
+        let exports = MemoryExports::new([Arc::clone(&export) as Arc<dyn Export>].into_iter().chain(others));
         let server = Server::new(env.clone(), pool(), Arc::new(exports), limits);
         Self { env, server, export }
     }
@@ -150,7 +163,11 @@ impl World {
     }
 
     pub async fn connect(&self, style: Style) -> Client<Stream> {
-        Client::connect(self.dial(), &Connect::in_style(NAME, style)).await.expect("a connection")
+        self.connect_to(NAME, style).await
+    }
+
+    pub async fn connect_to(&self, name: &str, style: Style) -> Client<Stream> {
+        Client::connect(self.dial(), &Connect::in_style(name, style)).await.expect("a connection")
     }
 }
 

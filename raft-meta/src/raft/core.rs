@@ -273,7 +273,8 @@ impl Core {
         Status {
             replica: self.replica,
             term: self.node.raft.term,
-            leader: self.leader(),
+            // Whoever has stopped follows nobody.
+            leader: self.leader().filter(|_| self.fault.is_none()),
             applied: self.machine.index,
             digest: self.machine.digest,
             configuration: self.machine.configuration.clone(),

@@ -19,7 +19,7 @@ pub const RAFT_SNAPSHOT_FILE: &str = "raft.snapshot";
 /// Newest version of the log file.
 pub const RAFT_LOG_VERSION: u16 = 1;
 /// Newest version of the snapshot file.
-pub const RAFT_SNAPSHOT_VERSION: u16 = 2;
+pub const RAFT_SNAPSHOT_VERSION: u16 = 4;
 /// A frame is closed when its entries reach this size.
 pub const FRAME_ENTRIES_BYTES: usize = 4 << 20;
 /// Largest payload of a frame.

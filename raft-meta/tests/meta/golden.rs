@@ -5,13 +5,16 @@
 #![allow(clippy::disallowed_methods, reason = "writes its own golden files on demand")]
 
 use crate::support::{
-    CLUSTER, VOLUME, change, checkpoint, create_pool, create_volume, name, nodes, segment, set, state_after,
+    CLUSTER, VOLUME, change, checkpoint, create_pool, create_volume, device, name, nodes, segment, set, state_after,
 };
 use raft_meta::inspect::{LogItem, inspect_log, inspect_snapshot};
-use raft_meta::{AckPolicy, Authority, Candidacy, Command, FormatError, NodeState, ShownToken, TokenRecord, format};
+use raft_meta::{
+    AckPolicy, AddressCommand, Authority, Candidacy, Command, FormatError, NodeState, ServiceAddress, ShownToken,
+    TokenRecord, format,
+};
 use std::path::PathBuf;
 use xsan_placement::{DeviceState, FailureDomain};
-use xsan_types::{ChangeToken, Generation, NodeId, PoolId, RegisterChange, VolumeId};
+use xsan_types::{ChangeToken, DeviceId, Generation, NodeId, PoolId, RegisterChange, VolumeId};
 
 /// Every command once, with every kind of field.
 fn every_command() -> Vec<Command> {
@@ -102,7 +105,10 @@ fn a_snapshot_of_version_1_is_read_as_one_without_hosts() {
     // Of an older release: never made anew.
     let bytes = std::fs::read(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/snapshot-v1.bin")).unwrap();
     let (state, index) = format::decode_snapshot(&bytes).unwrap();
-    assert_eq!((state, index), (state_after(&every_command()), every_command().len() as u64));
+    let mut expected = state_after(&every_command());
+    // To that release a node whose devices are out was up.
+    expected.nodes.get_mut(&NodeId(2)).unwrap().state = NodeState::Up;
+    assert_eq!((state, index), (expected, every_command().len() as u64));
     let report = inspect_snapshot(&bytes);
     assert_eq!(report.fault, None);
     let text = report.to_string();
@@ -155,16 +161,107 @@ fn host_commands() -> Vec<Command> {
     ]
 }
 
-fn snapshot_with_hosts() -> Vec<u8> {
-    let commands: Vec<Command> = every_command().into_iter().chain(host_commands()).collect();
+/// A cluster whose pool moves.
+fn moving() -> Vec<Command> {
+    let mut commands = nodes(8);
+    commands.push(Command::AddDevice { device: DeviceId(0x77), node: NodeId(7), capacity: 1 << 40 });
+    commands.push(create_pool("p", "4+2"));
+    commands.push(Command::SetDeviceState { device: device(8), state: DeviceState::Out });
+    commands.push(Command::SetDeviceState { device: device(7), state: DeviceState::Out });
+    commands.push(Command::PlanMove { pool: PoolId(1), holes_allowed: false });
+    commands
+}
+
+fn move_commands() -> Vec<Command> {
+    let state = state_after(&moving());
+    let pool = &state.pools[&PoolId(1)];
+    let device = *state.devices_to_empty(pool).first().expect("the pool moves");
+    let unused = Command::AddDevice { device: DeviceId(0x78), node: NodeId(7), capacity: 1 << 40 };
+    vec![
+        Command::PlaceEmptied { pool: pool.id, map_epoch: pool.map_epoch, device },
+        unused,
+        Command::RemoveDevice { device: DeviceId(0x78) },
+    ]
+}
+
+fn commands_with_moves() -> Vec<Command> {
+    moving().into_iter().chain(move_commands()).collect()
+}
+
+#[test]
+fn a_snapshot_of_version_3_is_read_as_one_without_addresses() {
+    // Of an older release: never made anew.
+    let bytes = std::fs::read(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/snapshot-v3.bin")).unwrap();
+    let (state, index) = format::decode_snapshot(&bytes).unwrap();
+    let commands = commands_with_moves();
+    assert_eq!((&state, index), (&state_after(&commands), commands.len() as u64));
+    assert_eq!(state.emptied[&PoolId(1)].len(), 1);
+}
+
+fn address_commands() -> Vec<Command> {
+    let four = ServiceAddress { interface: Some("eth1".into()), ..place("10.0.0.50/24") };
+    let clients = vec!["10.0.0.7:41000".parse().unwrap(), "[fd00::7]:41001".parse().unwrap()];
+    let (volume, other) = (VOLUME, VolumeId(2));
+    [
+        AddressCommand::Set { volume, place: Some(four) },
+        AddressCommand::Set { volume: other, place: Some(place("fd00::50/64")) },
+        AddressCommand::Clients { volume, generation: Generation(3), clients },
+        AddressCommand::Set { volume: other, place: None },
+        AddressCommand::Set { volume: other, place: Some(place("fd00::51/64")) },
+    ]
+    .map(Command::ServiceAddress)
+    .into()
+}
+
+fn place(text: &str) -> ServiceAddress {
+    text.parse().unwrap()
+}
+
+fn snapshot_with_addresses() -> Vec<u8> {
+    let mut commands = commands_with_moves();
+    commands.extend([create_volume("vm1"), create_volume("vm2")]);
+    commands.extend(address_commands());
     format::encode_snapshot(&state_after(&commands), commands.len() as u64)
 }
 
 #[test]
-fn a_snapshot_of_version_2_is_read_and_still_written_alike() {
-    let bytes = golden("snapshot-v2.bin", snapshot_with_hosts);
+fn a_snapshot_of_version_4_is_read_and_still_written_alike() {
+    let bytes = golden("snapshot-v4.bin", snapshot_with_addresses);
     let (state, _) = format::decode_snapshot(&bytes).unwrap();
-    assert!(bytes == snapshot_with_hosts(), "the layout of version 2 has changed: make it version 3");
+    assert!(bytes == snapshot_with_addresses(), "the layout of version 4 has changed: make it version 5");
+    assert_eq!(state.addresses[&VOLUME].place.to_string(), "10.0.0.50/24");
+    assert_eq!(state.addresses[&VOLUME].clients.len(), 2);
+    assert_eq!(state.addresses[&VolumeId(2)].place, place("fd00::51/64"));
+}
+
+#[test]
+fn commands_about_addresses_are_read_and_still_written_alike() {
+    let written = || address_commands().iter().map(format::encode_command).collect::<Vec<_>>();
+    let bytes = golden("address-commands-v1.bin", || format::encode_frame(1, &written()));
+    let frame = format::frame_at(&bytes, 0).unwrap();
+    let read: Vec<Command> =
+        frame.envelopes.iter().map(|(_, envelope)| format::decode_command(envelope, 0).unwrap()).collect();
+    assert_eq!(read, address_commands());
+    assert!(bytes == format::encode_frame(1, &written()), "commands are encoded differently: make a new version");
+}
+
+#[test]
+fn commands_about_moves_are_read_and_still_written_alike() {
+    let written = || move_commands().iter().map(format::encode_command).collect::<Vec<_>>();
+    let bytes = golden("move-commands-v1.bin", || format::encode_frame(1, &written()));
+    let frame = format::frame_at(&bytes, 0).unwrap();
+    let read: Vec<Command> =
+        frame.envelopes.iter().map(|(_, envelope)| format::decode_command(envelope, 0).unwrap()).collect();
+    assert_eq!(read, move_commands());
+    assert!(bytes == format::encode_frame(1, &written()), "commands are encoded differently: make a new version");
+}
+
+#[test]
+fn a_snapshot_of_version_2_is_read_as_one_without_moves() {
+    // Of an older release: never made anew.
+    let bytes = std::fs::read(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/snapshot-v2.bin")).unwrap();
+    let (state, _) = format::decode_snapshot(&bytes).unwrap();
+    assert!(state.emptied.is_empty());
     let record = &state.hosts.nodes[&NodeId(7)];
     assert_eq!((record.address.as_str(), record.replica, record.since_millis), ("10.0.0.1:7400", 0xabcd, 4_500));
     assert_eq!(state.node_named("h7").map(|node| node.state), Some(NodeState::Up));
@@ -231,7 +328,7 @@ fn files_of_a_newer_release_are_refused_by_name_and_version() {
     let mut bytes = snapshot();
     bytes[8] = 9;
     let error = format::decode_snapshot(&bytes).unwrap_err();
-    assert!(matches!(error, FormatError::Version { file: "meta.snapshot", found: 9, newest: 2 }));
+    assert!(matches!(error, FormatError::Version { file: "meta.snapshot", found: 9, newest: 4 }));
     assert!(inspect_snapshot(&bytes).fault.unwrap().contains("version 9"));
     // A newer command in a log of this version: shown as unreadable, refused when opened.
     let mut newer = format::encode_command(&create_volume("x"));

@@ -1,8 +1,11 @@
 //! Joining, replacing, reports, who serves (RFC 0005).
 
-use crate::support::{VOLUME, name, state_after, whole_cluster};
-use raft_meta::{Authority, Candidacy, Command, MetaError, MetaState, NodeState, Outcome, ShownToken, TokenRecord};
-use xsan_types::{Generation, NodeId};
+use crate::support::{VOLUME, create_volume, name, state_after, whole_cluster};
+use raft_meta::{
+    AddressCommand, Authority, Candidacy, Command, MetaError, MetaState, NodeState, Outcome, ServiceAddress,
+    ShownToken, TokenRecord,
+};
+use xsan_types::{ChangeToken, Generation, NodeId, RegisterChange, VolumeId};
 
 const SECRET: [u8; 32] = [7; 32];
 
@@ -61,6 +64,46 @@ fn a_join_whose_answer_was_lost_is_answered_again_and_uses_nothing_up() {
     // Another key is another host.
     let other = Candidacy { public_key: vec![1], ..candidacy("a") };
     refuse(&mut state, &Command::AdmitNode(other), &MetaError::TokenUsedUp);
+}
+
+#[test]
+fn name_and_key_of_a_node_are_no_pass_for_its_record() {
+    let mut state = state_after(&[token(1)]);
+    let first = admit(&mut state, candidacy("a"));
+    let again = Candidacy { replica: 6, address: "elsewhere:1".into(), now_millis: 5_000, ..candidacy("a") };
+    // Certificates are shown to everybody who connects; the secret of the token is not.
+    for wrong in [ShownToken { number: 1, secret_hash: [8; 32] }, ShownToken { number: 2, secret_hash: SECRET }] {
+        let forged = Candidacy { token: Some(wrong), ..again.clone() };
+        assert_eq!(state.check_candidacy(&forged), Err(MetaError::TokenUnknown));
+        refuse(&mut state, &Command::AdmitNode(forged), &MetaError::TokenUnknown);
+    }
+    // A node that has been up is asked for its address and its replica, and nobody else.
+    state.apply(&Command::SetNodeState { node: first, state: NodeState::Up }).unwrap();
+    assert_eq!(state.check_candidacy(&again), Err(MetaError::NameTaken));
+    refuse(&mut state, &Command::AdmitNode(again), &MetaError::NameTaken);
+    assert_eq!(admit(&mut state, candidacy("a")), first, "the same request has the same answer");
+    state.apply(&Command::RevokeToken { number: 1 }).unwrap();
+    refuse(&mut state, &Command::AdmitNode(candidacy("a")), &MetaError::TokenUnknown);
+}
+
+#[test]
+fn a_candidacy_is_judged_before_it_is_proposed_as_it_is_after() {
+    let state = state_after(&[token(0)]);
+    let wrong = Candidacy { token: Some(ShownToken { number: 1, secret_hash: [8; 32] }), ..candidacy("a") };
+    let late = Candidacy { now_millis: 1_000, ..candidacy("a") };
+    let (long, key) = ("x".repeat(256), vec![0; 257]);
+    let judged = [
+        (wrong, MetaError::TokenUnknown),
+        (late, MetaError::TokenExpired),
+        (candidacy("a"), MetaError::TokenUsedUp),
+        (Candidacy { address: long, ..candidacy("a") }, MetaError::TextTooLong),
+        (Candidacy { public_key: key, ..candidacy("a") }, MetaError::TextTooLong),
+    ];
+    for (candidacy, expected) in judged {
+        assert_eq!(state.check_candidacy(&candidacy), Err(expected.clone()));
+        refuse(&mut state.clone(), &Command::AdmitNode(candidacy), &expected);
+    }
+    assert_eq!(state_after(&[token(1)]).check_candidacy(&candidacy("a")), Ok(()));
 }
 
 #[test]
@@ -127,6 +170,50 @@ fn who_serves_is_noted_by_generation() {
     assert_eq!(state.hosts.served[&VOLUME].node, NodeId(1));
     state.apply(&served(2, None)).unwrap();
     assert!(state.hosts.served.is_empty());
+}
+
+#[test]
+fn an_address_is_one_volumes_and_goes_with_it() {
+    let mut state = state_after(&whole_cluster());
+    let other = match state.apply(&create_volume("other")) {
+        Ok(Outcome::Volume(id)) => id,
+        answer => panic!("{answer:?}"),
+    };
+    let place = |text: &str| Some(text.parse::<ServiceAddress>().unwrap());
+    let set = |volume, place| Command::ServiceAddress(AddressCommand::Set { volume, place });
+    state.apply(&set(VOLUME, place("10.0.0.50/24"))).unwrap();
+    refuse(&mut state, &set(other, place("10.0.0.50/16")), &MetaError::AddressTaken(VOLUME));
+    let unusable = ServiceAddress { address: "10.0.0.0".parse().unwrap(), prefix: 24, interface: None };
+    refuse(&mut state, &set(VOLUME, Some(unusable)), &MetaError::AddressUnusable);
+    refuse(&mut state, &set(VolumeId(99), None), &MetaError::NoVolume(VolumeId(99)));
+    let clients = |generation, clients: &[&str]| {
+        let clients = clients.iter().map(|client| client.parse().unwrap()).collect();
+        Command::ServiceAddress(AddressCommand::Clients { volume: VOLUME, generation: Generation(generation), clients })
+    };
+    state.apply(&clients(3, &["10.0.0.7:1"])).unwrap();
+    refuse(&mut state, &clients(2, &[]), &MetaError::Outdated);
+    let served = Command::VolumeServed { volume: VOLUME, generation: Generation(4), node: Some(NodeId(1)) };
+    state.apply(&served).unwrap();
+    refuse(&mut state, &clients(3, &[]), &MetaError::Outdated);
+    refuse(&mut state, &clients(4, &["10.0.0.7:1"; 65]), &MetaError::TextTooLong);
+    // Another prefix or interface is the same address: its clients stay.
+    state.apply(&set(VOLUME, place("10.0.0.50/16"))).unwrap();
+    assert_eq!(state.addresses[&VOLUME].clients.len(), 1);
+    state.apply(&set(VOLUME, place("10.0.0.51/16"))).unwrap();
+    assert!(state.addresses[&VOLUME].clients.is_empty());
+    state.check().unwrap();
+    let register = state.volume(VOLUME).unwrap().register().clone();
+    let retire = Command::ChangeRegister {
+        volume: VOLUME,
+        generation: register.generation,
+        version: register.version,
+        token: ChangeToken(77),
+        change: RegisterChange::Retire,
+    };
+    state.apply(&retire).unwrap();
+    assert!(state.addresses.is_empty(), "the address is free with its volume");
+    state.apply(&set(other, place("10.0.0.51/16"))).unwrap();
+    state.check().unwrap();
 }
 
 #[test]

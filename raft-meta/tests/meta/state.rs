@@ -3,7 +3,7 @@
 use crate::support::{CLUSTER, create_pool, create_volume, device, name, nodes, state_after, whole_cluster};
 use raft_meta::{AckPolicy, Command, MetaError, MetaState, NodeState, Outcome, VOLUME_BYTES_MAX};
 use xsan_placement::{DeviceState, FailureDomain, PlacementError, check};
-use xsan_types::{ErrorKind, NodeId, PoolId, VolumeId};
+use xsan_types::{Epoch, ErrorKind, NodeId, PoolId, VolumeId};
 
 fn refuse(state: &mut MetaState, command: &Command, expected: &MetaError) {
     let before = state.clone();
@@ -180,6 +180,54 @@ fn a_drained_node_is_left_by_its_positions_before_it_can_be_removed() {
     state.apply(&plan).unwrap();
     assert_eq!((state.epoch, &state.pools[&PoolId(1)].next), (epoch, &None));
     state.check().unwrap();
+}
+
+#[test]
+fn a_move_ends_when_every_old_place_has_said_that_it_is_empty() {
+    let mut commands = nodes(8);
+    commands.push(create_pool("p", "4+2"));
+    let mut state = state_after(&commands);
+    let out = Command::SetDeviceState { device: device(8), state: DeviceState::Out };
+    state.apply(&out).unwrap();
+    assert_eq!(state.node(NodeId(8)).unwrap().state, NodeState::Draining);
+    let early = Command::PlaceEmptied { pool: PoolId(1), map_epoch: state.epoch, device: device(8) };
+    refuse(&mut state, &early, &MetaError::NotMoving);
+    state.apply(&Command::PlanMove { pool: PoolId(1), holes_allowed: false }).unwrap();
+    let old = Command::PlaceEmptied { pool: PoolId(1), map_epoch: Epoch(1), device: device(8) };
+    refuse(&mut state, &old, &MetaError::Outdated);
+    let next = state.pools[&PoolId(1)].next.clone().unwrap();
+    let places = state.devices_to_empty(&state.pools[&PoolId(1)]);
+    assert!(places.contains(&device(8)));
+    let removed = Command::RemoveDevice { device: device(8) };
+    refuse(&mut state, &removed, &MetaError::DeviceInUse(device(8)));
+    let map_epoch = state.pools[&PoolId(1)].map_epoch;
+    for (told, place) in (1..).zip(places.iter().copied()) {
+        assert!(state.pools[&PoolId(1)].next.is_some());
+        // A device that is not left says nothing of the move, and a repeat nothing new.
+        for device in [device(99), place, place] {
+            let ended = told == places.len() && state.pools[&PoolId(1)].next.is_none();
+            let answer = state.apply(&Command::PlaceEmptied { pool: PoolId(1), map_epoch, device });
+            assert_eq!(answer.is_ok(), !ended);
+        }
+        state.check().unwrap();
+    }
+    assert_eq!((&state.pools[&PoolId(1)].table, &state.pools[&PoolId(1)].next), (&next, &None));
+    state.apply(&removed).unwrap();
+    assert_eq!(state.node(NodeId(8)).unwrap().state, NodeState::Up, "without devices it has nothing to drain");
+    state.check().unwrap();
+}
+
+#[test]
+fn a_draining_node_that_comes_back_from_down_is_draining_still() {
+    let mut state = state_after(&nodes(2));
+    let node = NodeId(2);
+    for (to, state_now) in [(DeviceState::Out, NodeState::Draining), (DeviceState::In, NodeState::Up)] {
+        state.apply(&Command::SetDeviceState { device: device(2), state: to }).unwrap();
+        for seen in [NodeState::Suspect, NodeState::Down, NodeState::Up] {
+            state.apply(&Command::SetNodeState { node, state: seen }).unwrap();
+        }
+        assert_eq!(state.node(node).unwrap().state, state_now);
+    }
 }
 
 #[test]

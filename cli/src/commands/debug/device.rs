@@ -138,6 +138,10 @@ fn describe(record: &LogRecord) -> String {
             let names: Vec<String> = segments.iter().map(ToString::to_string).collect();
             format!("segments freed: {}", names.join(" "))
         }
+        LogRecord::ShardsFreed { shards } => {
+            let names: Vec<String> = shards.iter().map(ToString::to_string).collect();
+            format!("shards freed: {}", names.join(" "))
+        }
         LogRecord::VolumeFreed { volume } => format!("{volume} freed"),
         LogRecord::OpenShardGrew { shard, extents, .. } => format!("open shard {shard} grew: {}", places(extents)),
         LogRecord::OpenShardFreed { shard } => format!("open shard {shard} freed"),

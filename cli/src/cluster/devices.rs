@@ -1,0 +1,228 @@
+//! The devices of a host's daemon: opened at its start, added and given up while it runs.
+
+use super::host::Host;
+use super::identity::Identity;
+use super::probe::{self, DiskProbe};
+use super::settings::{self, Settings};
+use super::storage::Storage;
+use crate::error::ClusterError;
+use raft_meta::{Command, MetaState};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+use xsan_env::runtime::TaskHandle;
+use xsan_env::{BufPool, Disk, Env};
+use xsan_node::{DeviceIdentity, Node};
+use xsan_types::DeviceId;
+use xsan_wire::node::{NodeApi, NodeError};
+
+/// What must be empty on a disk before it becomes a device.
+const BLANK_BYTES: usize = 1 << 20;
+
+/// A device of the node, and the directory of its index.
+pub(super) type OpenDisk = (Arc<dyn Disk>, PathBuf);
+
+/// Opens the disks that the settings name.
+pub(super) async fn open_disks(
+    storage: &Storage,
+    dir: &Path,
+    settings: &Settings,
+    own: &Identity,
+) -> Result<Vec<OpenDisk>, ClusterError> {
+    let mut disks = Vec::new();
+    for path in settings.device_paths(dir) {
+        let disk = storage.open_disk(&path, None).await?;
+        refuse_foreign(&disk, &path, own).await?;
+        let index = index_of(&disk, dir, &path).await?;
+        disks.push((disk, index));
+    }
+    Ok(disks)
+}
+
+/// Another node's device is not served, even of the same cluster: that node may be about to return with it, or with a copy.
+async fn refuse_foreign(disk: &Arc<dyn Disk>, path: &Path, own: &Identity) -> Result<(), ClusterError> {
+    let found = Node::identify(disk).await.map_err(ClusterError::io(format!("cannot read {}", path.display())))?;
+    // One that cannot be read is told of when it is opened.
+    let Some((found, _)) = found else { return Ok(()) };
+    let owner = match found {
+        DeviceIdentity { cluster, .. } if cluster != own.cluster => format!("another cluster ({cluster})"),
+        DeviceIdentity { node, .. } if node != own.node => format!("another node ({node})"),
+        _ => return Ok(()),
+    };
+    Err(ClusterError::Foreign { path: path.to_owned(), owner })
+}
+
+/// Where a device's index lies: by its id, because disks come and go.
+async fn index_of(disk: &Arc<dyn Disk>, dir: &Path, path: &Path) -> Result<PathBuf, ClusterError> {
+    let identity = Node::identify(disk).await;
+    let identity = identity.map_err(ClusterError::io(format!("cannot read {}", path.display())))?;
+    let name = identity.map_or_else(|| "unknown".to_owned(), |(identity, _)| identity.device.to_string());
+    Ok(dir.join(format!("index-{name}")))
+}
+
+/// A disk that holds anything is not touched.
+pub(super) async fn refuse_used(buffers: &BufPool, disk: &Arc<dyn Disk>, path: &Path) -> Result<(), ClusterError> {
+    let bytes = usize::try_from(disk.geometry().bytes).unwrap_or(usize::MAX).min(BLANK_BYTES);
+    let read = disk.read(0, buffers.get(bytes)).await;
+    let read = read.map_err(ClusterError::io(format!("cannot read {}", path.display())))?;
+    if read.iter().any(|byte| *byte != 0) {
+        return Err(ClusterError::Used(path.to_owned()));
+    }
+    Ok(())
+}
+
+/// Disks under watch.
+#[derive(Default)]
+pub(super) struct Probes(BTreeMap<DeviceId, (Arc<DiskProbe>, TaskHandle)>);
+
+impl Probes {
+    /// Watches one more.
+    pub(super) fn watch(&mut self, env: &Env, buffers: &BufPool, device: DeviceId, disk: &Arc<dyn Disk>) {
+        let probe = Arc::new(DiskProbe::new(env, buffers, disk));
+        let task = env.spawn("disk probe", probe::run(Arc::clone(&probe)));
+        self.0.insert(device, (probe, task));
+    }
+
+    fn forget(&mut self, device: DeviceId) {
+        if let Some((_, task)) = self.0.remove(&device) {
+            task.abort();
+        }
+    }
+
+    /// Ends all watching.
+    pub(super) fn end(&mut self) {
+        std::mem::take(&mut self.0).into_values().for_each(|(_, task)| task.abort());
+    }
+
+    /// Age of the oldest request that is out.
+    pub(super) fn silent_for(&self) -> Duration {
+        self.0.values().map(|(probe, _)| probe.silent_for()).max().unwrap_or_default()
+    }
+}
+
+impl Host {
+    /// Makes a blank disk of this host a device. Asked for again after it was cut short, it goes on.
+    ///
+    /// # Errors
+    /// The disk holds something, is of another node or cluster, or cannot be read.
+    pub async fn add_device(&self, path: &Path) -> Result<DeviceId, ClusterError> {
+        let path = std::path::absolute(path).map_err(ClusterError::io("device"))?;
+        // One at a time: the settings are read, changed and written.
+        let _changing = self.changing_devices.lock().await;
+        let file = self.dir().join(settings::FILE);
+        let mut changed = Settings::read(&file)?;
+        let mut paths = changed.device_paths(self.dir());
+        if paths.contains(&path) {
+            return self.add_again(&path).await;
+        }
+        let disk = self.storage().open_disk(&path, None).await?;
+        let device = self.claim(&disk, &path).await?;
+        paths.push(path.clone());
+        let before = changed.devices.replace(paths);
+        changed.write(&file)?;
+        let index = self.dir().join(format!("index-{device}"));
+        let opened = self.storage().add_device(self.node(), &self.settings().name, &(Arc::clone(&disk), index)).await;
+        if let Err(error) = opened {
+            changed.devices = before;
+            changed.write(&file)?;
+            return Err(error);
+        }
+        self.watch(device, &disk);
+        tracing::info!(%device, path = %path.display(), "a device was added");
+        self.make_known(device).await
+    }
+
+    /// A device that is in the settings: what was cut short before the cluster knew it goes on.
+    async fn add_again(&self, path: &Path) -> Result<DeviceId, ClusterError> {
+        let (own, view) = (self.node().devices().await.unwrap_or_default(), self.view());
+        match own.iter().find(|status| !view.devices.contains_key(&status.device)) {
+            Some(unknown) => self.make_known(unknown.device).await,
+            None => Err(ClusterError::Invalid(format!("{} is a device of this node already", path.display()))),
+        }
+    }
+
+    async fn make_known(&self, device: DeviceId) -> Result<DeviceId, ClusterError> {
+        let mut own = self.node().devices().await.unwrap_or_default().into_iter();
+        let status = own.find(|status| status.device == device).ok_or(NodeError::NotFound);
+        let capacity = status.map_err(|error| ClusterError::Invalid(format!("device {device}: {error}")))?.capacity;
+        self.propose(Command::AddDevice { device, node: self.node_id(), capacity }).await?;
+        Ok(device)
+    }
+
+    /// Formats a blank disk; one that this node formatted before and never used is taken as it is.
+    async fn claim(&self, disk: &Arc<dyn Disk>, path: &Path) -> Result<DeviceId, ClusterError> {
+        let found = Node::identify(disk).await;
+        let found = found.map_err(ClusterError::io(format!("cannot read {}", path.display())))?;
+        let (cluster, node) = (self.identity().cluster, self.node_id());
+        match found {
+            Some((known, _)) if known.cluster != cluster => Err(ClusterError::Invalid(format!(
+                "{} is a device of another cluster ({}): wipe it first if its data is not wanted any more",
+                path.display(),
+                known.cluster
+            ))),
+            Some((known, is_new)) if known.node != node || !is_new => Err(ClusterError::Used(path.to_owned())),
+            Some((known, _)) => Ok(known.device),
+            None => {
+                refuse_used(self.buffers(), disk, path).await?;
+                let device = DeviceId(self.env().random_u128());
+                self.storage().format(disk, DeviceIdentity { cluster, node, device }).await?;
+                Ok(device)
+            }
+        }
+    }
+
+    /// Lets devices go that the metadata knew and does not know any more.
+    pub(super) fn forget_devices(self: &Arc<Self>, view: &MetaState, known: &mut BTreeSet<DeviceId>) {
+        let own: Vec<DeviceId> = view.devices_of(self.node_id()).map(|device| device.id).collect();
+        // Some may have been removed while this process did not run.
+        let is_gone = |device: &&DeviceId| !own.contains(device) || view.removed_devices.contains(device);
+        let gone: Vec<DeviceId> = known.iter().filter(is_gone).copied().collect();
+        known.extend(own);
+        for device in gone {
+            known.remove(&device);
+            let host = Arc::clone(self);
+            // Its disk may hang.
+            drop(self.env().spawn("removed device", async move {
+                if let Err(error) = host.forget_device(device).await {
+                    tracing::error!(%device, %error, "a removed device is still in the settings of this node");
+                }
+            }));
+        }
+    }
+
+    async fn forget_device(&self, device: DeviceId) -> Result<(), ClusterError> {
+        let _changing = self.changing_devices.lock().await;
+        self.node().remove_device(device).await;
+        self.probes.lock().unwrap_or_else(PoisonError::into_inner).forget(device);
+        let file = self.dir().join(settings::FILE);
+        let mut changed = Settings::read(&file)?;
+        let mut kept = Vec::new();
+        for path in changed.device_paths(self.dir()) {
+            let is_it = match self.storage().open_disk(&path, None).await {
+                Ok(disk) => Node::identify(&disk).await.ok().flatten().is_some_and(|(found, _)| found.device == device),
+                Err(_) => false,
+            };
+            if !is_it {
+                kept.push(path);
+            }
+        }
+        changed.devices = Some(kept);
+        changed.write(&file)?;
+        tracing::info!(%device, "a device was removed; its disk may be wiped and taken out");
+        Ok(())
+    }
+
+    fn watch(&self, device: DeviceId, disk: &Arc<dyn Disk>) {
+        self.probes.lock().unwrap_or_else(PoisonError::into_inner).watch(self.env(), self.buffers(), device, disk);
+    }
+
+    /// Watches the disks that the node was opened with.
+    pub(super) async fn watch_all(&self, disks: &[OpenDisk]) {
+        for (disk, _) in disks {
+            if let Ok(Some((identity, _))) = Node::identify(disk).await {
+                self.watch(identity.device, disk);
+            }
+        }
+    }
+}
