@@ -36,6 +36,7 @@ JOBS = {
 # The modes that flush before they acknowledge are measured where that matters.
 SYNCED_JOBS = {"randwrite-4k-qd1", "randwrite-4k-qd32", "randwrite-4k-qd1-fsync"}
 BASE, BASE_SYNCED = "qemu-raw", "qemu-dsync"
+PROCESSES = "xsan-ec42-processes"
 
 
 def is_read(job):
@@ -89,6 +90,30 @@ class Process:
             now = self.cpu_seconds()
             quiet = quiet + 1 if now - before <= 0.02 else 0
             before = now
+
+
+class Group(Process):
+    """Several processes that serve together: all of them count; `roles` says who does what."""
+
+    def __init__(self, roles):
+        self.roles = {role: [Process(pid) for pid in pids] for role, pids in roles.items()}
+        self.all = [process for processes in self.roles.values() for process in processes]
+
+    def cpu_seconds(self):
+        return sum(process.cpu_seconds() for process in self.all)
+
+    def cpu_seconds_by_role(self):
+        return {role: sum(process.cpu_seconds() for process in processes) for role, processes in self.roles.items()}
+
+    def io(self):
+        return tuple(map(sum, zip(*(process.io() for process in self.all))))
+
+    def forget_peak(self):
+        for process in self.all:
+            process.forget_peak()
+
+    def peak_bytes(self):
+        return sum(process.peak_bytes() for process in self.all)
 
 
 class Target:
@@ -151,10 +176,14 @@ class Qemu(Target):
 class Cluster:
     """`xsan dev` for the whole run; several targets share it."""
 
+    options = []
+    # Where the node lies whose gateway serves.
+    serving = ""
+
     def __init__(self, program, scratch):
-        self.program, self.dir = program, scratch / "cluster"
-        self.log = open(scratch / "xsan.log", "w", encoding="utf-8")
-        self.server = subprocess.Popen([program, "dev", "--dir", str(self.dir)], stdin=subprocess.DEVNULL,
+        self.program, self.dir = program, scratch / type(self).__name__.lower()
+        self.log = open(scratch / f"{self.dir.name}.log", "w", encoding="utf-8")
+        self.server = subprocess.Popen([program, "dev", *self.options, "--dir", str(self.dir)], stdin=subprocess.DEVNULL,
                                        stdout=self.log, stderr=self.log)
         self.pools = set()
 
@@ -168,11 +197,28 @@ class Cluster:
         wait_for(ready, self.server, "xsan dev")
 
     def xsan(self, *words):
-        return run(self.program, "--admin", self.dir / "admin.sock", *words)
+        return run(self.program, "--admin", self.dir / self.serving / "admin.sock", *words)
+
+    def socket(self):
+        return self.dir / self.serving / "nbd.sock"
+
+    def process(self):
+        return Process(self.server.pid)
 
     def stop(self):
         stop(self.server)
         self.log.close()
+
+
+class Processes(Cluster):
+    """`xsan dev --processes`: six of them, over loopback TCP and TLS. The first one's gateway serves."""
+
+    options = ["--processes"]
+    serving = "n1"
+
+    def process(self):
+        pids = {node.name: int((node / "pid").read_text()) for node in sorted(self.dir.glob("n[0-9]*"))}
+        return Group({"serving": [pids.pop(self.serving)], "storage": list(pids.values())})
 
 
 class Xsan(Target):
@@ -188,13 +234,13 @@ class Xsan(Target):
             self.cluster.pools.add(self.pool)
         self.cluster.xsan("volume", "create", volume, "--size", f"{SIZE // GIB}GiB", "--pool", self.pool,
                           *(["--ack", self.ack] if self.ack != "replicated" else []))
-        return ["--ioengine=nbd", f"--uri=nbd+unix:///{volume}?socket={self.cluster.dir / 'nbd.sock'}"]
+        return ["--ioengine=nbd", f"--uri=nbd+unix:///{volume}?socket={self.cluster.socket()}"]
 
     def close(self, volume):
         self.cluster.xsan("volume", "delete", volume, "--yes", "--force")
 
     def process(self):
-        return Process(self.cluster.server.pid)
+        return self.cluster.process()
 
     def counters(self):
         return json.loads(self.cluster.xsan("status", "--output", "json"))
@@ -249,6 +295,7 @@ def measure(target, options, job, seconds):
         counters = target.counters()
         process.forget_peak()
         cpu, io = process.cpu_seconds(), process.io()
+        roles = process.cpu_seconds_by_role() if isinstance(process, Group) else {}
     load = os.getloadavg()[0]
     result = fio(options, job, rw, block, depth, more)
     part = result[side]
@@ -264,6 +311,9 @@ def measure(target, options, job, seconds):
         process.settle()
         read, write = process.io()
         sample["cpu_us_per_io"] = (process.cpu_seconds() - cpu) * 1e6 / part["total_ios"]
+        if roles:
+            sample["cpu_us_per_io_by_role"] = {role: (seconds - roles[role]) * 1e6 / part["total_ios"]
+                                               for role, seconds in process.cpu_seconds_by_role().items()}
         sample["device_read_bytes"] = read - io[0]
         sample["device_write_bytes"] = write - io[1]
         if side == "write":
@@ -376,7 +426,7 @@ def goals(bench):
     write, read = "randwrite-4k-qd32", "randread-4k-qd32"
     device = "device_bytes_per_user_byte"
     peaks = [sample["rss_peak_bytes"] for targets in bench.samples.values()
-             for target, samples in targets.items() if target.startswith("xsan") for sample in samples]
+             for target, samples in targets.items() if target.startswith("xsan") and target != PROCESSES for sample in samples]
     writes = [(sample["device_read_bytes"], sample["device_write_bytes"]) for job, targets in bench.samples.items()
               if not is_read(job) for target, samples in targets.items() if target.startswith("xsan") for sample in samples]
     reads = sum(read for read, _ in writes) / max(1, sum(write for _, write in writes)) if writes else None
@@ -395,6 +445,7 @@ def goals(bench):
         ("device bytes per user byte, 4k random write qd1", bench.median("randwrite-4k-qd1", "xsan-ec42", device), "<=", 5.2),
         ("device bytes per user byte, 1M write qd8", bench.median("write-1m-qd8", "xsan-ec42", device), "<=", 1.6),
         ("device reads per device write, all write jobs (bytes)", reads, "<=", 0),
+        ("4k random write qd32, six processes of one process", bench.ratio(write, PROCESSES, "xsan-ec42"), ">=", 0.6),
         ("peak memory of the six-node process, GB", max(peaks) / 1e9 if peaks else None, "<=", 0.5),
     ]
 
@@ -439,6 +490,14 @@ def report(bench, arguments, rounds):
                  "-" if found is None else "met" if (found >= bound if sign == ">=" else found <= bound) else "**missed**"]
                 for what, found, sign, bound in goals(bench)]
         text += ["", "Goals:", "", table(["goal", "found", "wanted", ""], rows)]
+    roles = [(job, bench.samples[job][PROCESSES]) for job in jobs if PROCESSES in bench.samples[job]]
+    if roles:
+        names = list(roles[0][1][0]["cpu_us_per_io_by_role"])
+        rows = [[job, cell(bench.ratio(job, PROCESSES, "xsan-ec42"), "{:.2f}"),
+                 *(f"{statistics.median(sample['cpu_us_per_io_by_role'][role] for sample in samples):.1f}" for role in names)]
+                for job, samples in roles]
+        text += ["", f"{PROCESSES}: ratio to one process, and CPU microseconds per I/O of the serving node (gateway, engine, its own "
+                 "share of the devices) and of the five others together:", "", table(["job", "ratio", *names], rows)]
     if bench.errors:
         text += ["", "Errors:", "", *(f"- {error.splitlines()[0]}" for error in bench.errors)]
     return "\n".join(text) + "\n"
@@ -455,17 +514,18 @@ def parse():
     parser.add_argument("--used-gib", type=float, default=4, help="how much of it is filled and used")
     parser.add_argument("--jobs", help="only jobs whose name contains one of these words (comma)")
     parser.add_argument("--targets", help="only these targets (comma): xsan-ec42,xsan-rep3,xsan-ec42-persisted,"
-                                          "qemu-raw,qemu-dsync,disk")
+                                          "xsan-ec42-processes (only if named),qemu-raw,qemu-dsync,disk")
     parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json (default: only print the Markdown)")
     return parser.parse_args()
 
 
-def make_targets(arguments, scratch, cluster):
+def make_targets(arguments, scratch, cluster, processes):
     raw = scratch / "raw.img"
     targets = [
         *([Xsan("xsan-ec42", cluster, "ec42", ["--ec", "4+2"], "replicated"),
            Xsan("xsan-rep3", cluster, "rep3", ["--replicas", "3"], "replicated"),
            Xsan("xsan-ec42-persisted", cluster, "ec42", ["--ec", "4+2"], "persisted")] if cluster else []),
+        *([Xsan(PROCESSES, processes, "ec42", ["--ec", "4+2"], "replicated")] if processes else []),
         Qemu(BASE, raw, scratch, "none", False),
         Qemu(BASE_SYNCED, raw, scratch, "directsync", True),
         File(raw),
@@ -498,13 +558,16 @@ def main():
     if free < needed:
         sys.exit(f"{arguments.dir} has {free / GIB:.0f} GiB free, this needs {needed / GIB:.0f}")
     scratch.mkdir()
-    cluster = None
+    clusters = [None, None]
     try:
         with open(scratch / "raw.img", "wb") as raw:
             raw.truncate(SIZE)
         if program != "none":
-            cluster = Cluster(program, scratch)
-        bench = Bench(make_targets(arguments, scratch, cluster), jobs, seconds)
+            clusters[0] = Cluster(program, scratch)
+            # Only on demand: six more processes take part of the machine even when they rest.
+            if PROCESSES in (arguments.targets or ""):
+                clusters[1] = Processes(program, scratch)
+        bench = Bench(make_targets(arguments, scratch, *clusters), jobs, seconds)
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}")
             bench.round(number)
@@ -517,7 +580,7 @@ def main():
             arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         return 1 if bench.errors else 0
     finally:
-        if cluster:
+        for cluster in filter(None, clusters):
             cluster.stop()
         shutil.rmtree(scratch, ignore_errors=True)
 

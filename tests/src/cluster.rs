@@ -91,10 +91,27 @@ pub fn program() -> PathBuf {
     path
 }
 
+/// The program with a rule of the protocol broken: `XSAN_CANARY_BIN`, or the debug build of this workspace.
+///
+/// # Panics
+/// There is none.
+#[must_use]
+pub fn broken_program() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    let path = std::env::var_os("XSAN_CANARY_BIN").map_or_else(|| target.join("debug/xsan-canary"), PathBuf::from);
+    let how =
+        "build it with `cargo build -p xsan-cli --features canary --bin xsan-canary`, or name it with XSAN_CANARY_BIN";
+    assert!(path.is_file(), "{} is no program: {how}", path.display());
+    path
+}
+
 /// A cluster in a directory of its own, which goes with it.
 pub struct Cluster {
     root: PathBuf,
     options: Vec<String>,
+    /// A rule that its processes break.
+    broken: Option<&'static str>,
     child: Option<Child>,
     _turn: Arc<Turn>,
 }
@@ -128,7 +145,13 @@ impl Cluster {
         // What a test that was killed left behind under the same process id.
         drop(std::fs::remove_dir_all(&root));
         std::fs::create_dir(&root).expect("a directory for the test");
-        Self { root, options: options.iter().map(ToString::to_string).collect(), child: None, _turn: turn }
+        Self {
+            root,
+            options: options.iter().map(ToString::to_string).collect(),
+            broken: None,
+            child: None,
+            _turn: turn,
+        }
     }
 
     /// Where the cluster lies.
@@ -193,10 +216,28 @@ impl Cluster {
         self.child = Some(child.expect("the program starts"));
     }
 
+    /// All its processes break this rule from the next start on.
+    pub fn break_rule(&mut self, rule: &'static str) {
+        self.broken = Some(rule);
+    }
+
+    /// The program that its processes run, without arguments.
+    #[must_use]
+    pub fn program_command(&self) -> Command {
+        match self.broken {
+            None => Command::new(program()),
+            Some(rule) => {
+                let mut command = Command::new(broken_program());
+                command.env("XSAN_CANARY", rule);
+                command
+            }
+        }
+    }
+
     /// A `xsan dev` on the same directory with the same options.
     #[must_use]
     pub fn command(&self) -> Command {
-        let mut command = Command::new(program());
+        let mut command = self.program_command();
         command.args(["dev", "--dir"]).arg(self.dir()).args(&self.options).env("NO_COLOR", "1");
         command
     }

@@ -1,7 +1,10 @@
 //! What the integration tests share: a cluster that is a real process, data that knows what it must be, waiting on conditions.
 //!
-//! [`hosts`] is a cluster of processes; [`cluster`] owns a process, its directory and its command line; [`ledger`] remembers every write and judges what a read
-//! returns; [`load`] drives many NBD connections at random.
+//! [`hosts`] is a cluster of processes, [`network`] what is between them, [`machine`] what is below them, [`guest_disk`] what QEMU sees
+//! through it; [`mod@rounds`] lets all of that fail at random under clients; [`cluster`] owns a process, its directory and its command
+//! line; [`ledger`] remembers every write and judges what a read
+//! returns; [`load`] drives many NBD connections at random; [`linearizable`] judges what several clients saw that used the
+//! same blocks at the same time.
 #![forbid(unsafe_code)]
 #![allow(
     clippy::disallowed_methods,
@@ -11,15 +14,23 @@
 
 pub mod cluster;
 pub mod damage;
+pub mod guest_disk;
 pub mod hosts;
 pub mod ledger;
+pub mod linearizable;
 pub mod load;
+pub mod machine;
+pub mod network;
 pub mod random;
+pub mod rounds;
 pub mod wait;
 
 pub use cluster::{Cluster, Guest, Outcome};
+pub use guest_disk::GuestDisk;
 pub use hosts::Hosts;
 pub use ledger::Ledger;
+pub use machine::Machine;
+pub use network::Network;
 pub use random::Random;
 pub use wait::{eventually, within};
 

@@ -24,7 +24,9 @@ use xsan_types::{
     ClosedMember, ClusterId, DeviceId, FlushRequest, Generation, Incarnation, MemberRef, NodeId, PgId, PoolId,
     RegisterView, SealedSegment, SegmentName, SetId, ShardId, VolumeId,
 };
-use xsan_wire::node::{CreateMember, CreatedMember, DeviceStatus, NodeApi, NodeError, NodeResult, PutShard, ShardInfo};
+use xsan_wire::node::{
+    CreateMember, CreatedMember, DeviceStatus, HoldShard, NodeApi, NodeError, NodeResult, PutShard, ShardInfo,
+};
 use xsan_wire::{Ca, Connect, Endpoint, NodeKey, Peer, RemoteNode, Server, Services, Tls};
 
 const CLUSTER: ClusterId = ClusterId(1);
@@ -77,6 +79,9 @@ impl NodeApi for Sink {
         no()
     }
     fn put_shard(&self, _: PutShard) -> NodeResult<()> {
+        no()
+    }
+    fn hold_shard(&self, _: HoldShard) -> NodeResult<()> {
         no()
     }
     fn read_shard(&self, _: DeviceId, _: ShardId, _: u64, _: u32) -> NodeResult<Buf> {

@@ -84,6 +84,41 @@ async fn a_volume_moves_to_another_host_under_its_clients() {
     read_all_back(&mut moved, &ledger, "at n3").await;
 }
 
+/// Found by measuring hand-overs: the first node that was asked took the volume by force, from the one that was handing it over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_ask_all_nodes_do_not_spoil_a_hand_over() {
+    let mut random = Random::of_test();
+    let hosts = Hosts::started(4);
+    hosts.ok(1, &["volume", "create", "vm1", "--size", "65MiB"]);
+    let ledger = ledger();
+    let generation = || hosts.ok(1, &["volume", "stat", "vm1"])["generation"].as_u64().expect("a generation");
+    let mut here = 1;
+    for there in [2, 3, 4, 1] {
+        // So that there is something to seal.
+        write_some(hosts.dir(here), "vm1", &ledger, &mut random, 2, 16 << 20).await;
+        let mut guest_here = guest(&hosts, here).await;
+        let before = generation();
+        let others: Vec<usize> = (1..=4).filter(|&node| node != here).collect();
+        let dirs: Vec<_> = others.iter().map(|&node| hosts.dir(node)).collect();
+        let asking = tokio::spawn(async move {
+            // Cut off first: the others are asked while the volume is still being sealed.
+            while guest_here.read(0, 4096).await.is_ok() {}
+            loop {
+                for (dir, node) in dirs.iter().zip(&others) {
+                    if xsan_tests::cluster::connect(dir, "vm1").await.is_ok() {
+                        return *node;
+                    }
+                }
+            }
+        });
+        tokio::task::block_in_place(|| hosts.ok(there, &["volume", "attach", "vm1"]));
+        assert_eq!(within(20, "the client is let in again", asking).await.expect("no panic"), there);
+        assert_eq!(generation(), before + 1, "handed over to n{there} once, and taken by nobody else");
+        here = there;
+    }
+    read_all_back(&mut guest(&hosts, here).await, &ledger, "at the last node").await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frozen_host_that_goes_on_is_nobodys_owner_any_more() {
     let mut random = Random::of_test();
@@ -157,13 +192,6 @@ async fn without_a_majority_io_waits_and_status_says_why() {
     hosts.wait_until_whole(3, 60);
 }
 
-/// A setting of a node.
-fn setting(hosts: &Hosts, node: usize, name: &str) -> String {
-    let text = std::fs::read_to_string(hosts.dir(node).join("xsan.toml")).expect("settings");
-    let value = text.lines().find_map(|line| line.strip_prefix(&format!("{name} = \"")));
-    value.unwrap_or_else(|| panic!("{name} in {text}")).trim_end_matches('"').to_owned()
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wiped_host_takes_its_old_place_and_gets_its_shards_back() {
     let mut random = Random::of_test();
@@ -175,7 +203,7 @@ async fn a_wiped_host_takes_its_old_place_and_gets_its_shards_back() {
     guest.flush().await.expect("a flush");
     let shards = |hosts: &Hosts| hosts.ok(1, &["node", "show", "n3"])["shards"].as_u64().expect("shards");
     let before = shards(&hosts);
-    let (listen, peer) = (setting(&hosts, 3, "listen"), setting(&hosts, 1, "address"));
+    let (listen, peer) = (hosts.setting(3, "listen"), hosts.setting(1, "address"));
     let token = hosts.ok(1, &["cluster", "token"])["token"].as_str().expect("a token").to_owned();
     let dir = hosts.dir(3);
     let path = dir.to_string_lossy().into_owned();
@@ -222,7 +250,7 @@ async fn commands_are_answered_by_any_node_and_hosts_are_let_in_by_good_tokens_o
     hosts.ok(3, &["volume", "delete", "b", "--yes"]);
     assert_eq!(hosts.run(1, &["volume", "stat", "b"]).code, 4);
 
-    let address = setting(&hosts, 1, "address");
+    let address = hosts.setting(1, "address");
     let token = hosts.ok(2, &["cluster", "token", "--uses", "1"])["token"].as_str().expect("a token").to_owned();
     let new = hosts.dir(1).with_file_name("new");
     let join = |token: &str, name: &str| {

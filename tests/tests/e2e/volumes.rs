@@ -49,6 +49,30 @@ async fn trim_of_16_tib_returns_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_name_hides_no_client() {
+    let cluster = Cluster::started();
+    cluster.create_volume("a", "64MiB");
+    let mut guest = cluster.guest("a").await;
+    guest.write(0, &[1; 4096], 0).await.expect("a write");
+    cluster.ok(&["volume", "rename", "a", "b"]);
+    cluster.create_volume("a", "64MiB");
+    let mut other = cluster.guest("a").await;
+    let clients = |name: &str| cluster.ok(&["volume", "stat", name])["clients"].clone();
+    assert_eq!((clients("a"), clients("b")), (1.into(), 1.into()));
+
+    let refused = cluster.run(&["volume", "delete", "b", "--yes"]);
+    assert_eq!(refused.code, 2, "its client came under the old name: {refused:?}");
+    assert!(refused.stderr.contains("--force"), "and the answer says how: {refused:?}");
+    assert_eq!(guest.read(0, 4096).await.expect("it serves on"), vec![1; 4096]);
+
+    cluster.ok(&["volume", "delete", "a", "--yes", "--force"]);
+    assert!(within(10, "a cut off client is told", other.read(0, 4096)).await.is_err());
+    assert_eq!(guest.read(0, 4096).await.expect("it was not meant"), vec![1; 4096]);
+    cluster.ok(&["volume", "delete", "b", "--yes", "--force"]);
+    assert!(within(10, "a cut off client is told", guest.read(0, 4096)).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_volume_keeps_its_bytes_under_a_new_size_and_name() {
     let mut cluster = Cluster::started();
     cluster.create_volume("a", "64MiB");
