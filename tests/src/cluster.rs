@@ -266,6 +266,12 @@ impl Cluster {
         assert!(ended.success(), "SIGTERM ends it well, not with {ended}; its log:\n{}", self.log());
     }
 
+    /// Whether it was started and neither stopped nor killed since.
+    #[must_use]
+    pub fn is_started(&self) -> bool {
+        self.child.is_some()
+    }
+
     /// Whether the process runs.
     pub fn runs(&mut self) -> bool {
         self.child.as_mut().is_some_and(|child| child.try_wait().is_ok_and(|ended| ended.is_none()))

@@ -176,7 +176,7 @@ impl Hosts {
                 other => Err(format!("{other:?}")),
             });
         }
-        if self.network.is_none() && self.machines.is_empty() {
+        if self.cluster.is_started() {
             self.cluster.stop();
         }
     }
@@ -188,7 +188,7 @@ impl Hosts {
         for node in nodes {
             self.kill(node);
         }
-        if self.network.is_none() && self.machines.is_empty() {
+        if self.cluster.is_started() {
             self.cluster.kill();
         }
     }

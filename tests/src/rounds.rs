@@ -229,7 +229,10 @@ async fn strike(hosts: &mut Hosts, volume: &str, fault: &Fault, struck: &mut BTr
 
 fn may_strike(node: usize, struck: &mut BTreeSet<usize>) -> bool {
     let may = struck.contains(&node) || struck.len() < STRUCK_MAX;
-    may && (struck.insert(node) || may)
+    if may {
+        struck.insert(node);
+    }
+    may
 }
 
 fn lose_power(hosts: &mut Hosts, node: usize, struck: &mut BTreeSet<usize>) {

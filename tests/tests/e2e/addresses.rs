@@ -136,6 +136,10 @@ fn without_rights_the_volume_is_served_and_health_says_what_the_address_lacks() 
     });
     // Its own lease was not renewed; there is nothing left of it when it returns, and it can.
     hosts.restart(able);
+    eventually(30, "it has started", || match hosts.run(able, &["status"]) {
+        told if told.code == 0 => Ok(()),
+        told => Err(told.stderr),
+    });
     hosts.ok(able, &["volume", "attach", "vm1"]);
     assert_eq!(holder(&hosts, 0), able);
     hosts.stop();

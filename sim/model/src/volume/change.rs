@@ -70,7 +70,7 @@ impl Volume {
     pub(super) fn hand_over(&self, state: &State, process: usize, steps: &mut Steps<State>) {
         let owner = &state.owners[process];
         let is_sealed = state.records_in(owner.unsealed).is_empty() && undecided(state, owner).is_empty();
-        if state.left.hand_overs == 0 || !(is_sealed || !self.hold(Rule::HandOverSealed)) {
+        if state.left.hand_overs == 0 || (self.hold(Rule::HandOverSealed) && !is_sealed) {
             return;
         }
         let mut next = *state;
