@@ -60,6 +60,8 @@ pub struct Node {
     config: NodeConfig,
     incarnation: Incarnation,
     devices: RwLock<BTreeMap<DeviceId, Arc<Device>>>,
+    /// For devices that come later, and for those that are not here.
+    map: RwLock<Option<Arc<dyn Assignment>>>,
 }
 
 impl Node {
@@ -103,7 +105,7 @@ impl Node {
     /// [`NodeOpenError`]; nothing was changed on the device.
     pub async fn open(env: &Env, config: NodeConfig, devices: Vec<DeviceHandle>) -> Result<Arc<Self>, NodeOpenError> {
         let incarnation = Incarnation(env.random().max(1));
-        let node = Self { env: env.clone(), config, incarnation, devices: RwLock::default() };
+        let node = Self { env: env.clone(), config, incarnation, devices: RwLock::default(), map: RwLock::default() };
         for handle in devices {
             node.add_device(handle).await?;
         }
@@ -118,11 +120,15 @@ impl Node {
         let Self { env, config, incarnation, .. } = self;
         let device = Device::open(env, handle, config.cluster, *incarnation, config.buffers.clone()).await?;
         let id = device.id;
+        let map = self.map.read().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(map) = map {
+            device.set_map(map);
+        }
         self.devices.write().unwrap_or_else(PoisonError::into_inner).insert(id, device);
         Ok(id)
     }
 
-    /// Lets a device go: calls to it find nothing from now on.
+    /// Lets a device go: calls to it are refused from now on.
     pub async fn remove_device(&self, id: DeviceId) {
         let removed = self.devices.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
         if let Some(device) = removed {
@@ -155,6 +161,10 @@ impl Node {
 
     /// Tells the node whose positions are whose; older maps than the one it knows change nothing.
     pub fn set_map(&self, map: &Arc<dyn Assignment>) {
+        let mut known = self.map.write().unwrap_or_else(PoisonError::into_inner);
+        if known.as_ref().is_none_or(|known| known.epoch() <= map.epoch()) {
+            *known = Some(Arc::clone(map));
+        }
         for device in self.all() {
             device.set_map(Arc::clone(map));
         }
@@ -209,9 +219,20 @@ impl Node {
         }
     }
 
+    /// Whether a device is open here.
+    #[must_use]
+    pub fn has_device(&self, id: DeviceId) -> bool {
+        self.device(id).is_ok()
+    }
+
+    /// A device that is not open here may hold anything, and return with it: that it knows nothing is said of one that was given up only.
     fn device(&self, id: DeviceId) -> Result<Arc<Device>, NodeError> {
-        let devices = self.devices.read().unwrap_or_else(PoisonError::into_inner);
-        devices.get(&id).cloned().ok_or(NodeError::NotFound)
+        let found = self.devices.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
+        found.ok_or_else(|| {
+            let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
+            let is_given_up = map.as_ref().is_some_and(|map| map.is_given_up(id));
+            if is_given_up { NodeError::NotFound } else { NodeError::DeviceFailed }
+        })
     }
 
     /// Calls one device; refuses an unknown one.

@@ -12,6 +12,9 @@ pub trait Assignment: Send + Sync + 'static {
 
     /// Whether the shard's position is another device's. Not so for what the map does not know.
     fn is_elsewhere(&self, device: DeviceId, shard: ShardId) -> bool;
+
+    /// Whether somebody has said that the device is to be done without: what it held and cannot give is lost.
+    fn is_given_up(&self, device: DeviceId) -> bool;
 }
 
 /// What a device knows of the map. In memory only: a node that starts learns it anew.

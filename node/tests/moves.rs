@@ -17,6 +17,10 @@ use xsan_types::{
 use xsan_wire::node::{HoldShard, NodeApi, NodeError, PutShard};
 
 const DEVICE: DeviceId = DeviceId(7);
+/// Not open, and out.
+const GIVEN_UP: DeviceId = DeviceId(8);
+/// Not open.
+const MISSING: DeviceId = DeviceId(9);
 const VOLUME: VolumeId = VolumeId(1);
 
 /// Shared between openings: what fjall keeps over a crash of the process.
@@ -67,6 +71,9 @@ impl Assignment for Map {
     }
     fn is_elsewhere(&self, device: DeviceId, shard: ShardId) -> bool {
         device == DEVICE && self.elsewhere.contains(&shard.segment.number)
+    }
+    fn is_given_up(&self, device: DeviceId) -> bool {
+        device == GIVEN_UP
     }
 }
 
@@ -197,6 +204,22 @@ fn what_is_absent_says_so_only_where_the_position_is_its_own() {
         assert_eq!(bench.node.read_shard(DEVICE, id(2), 0, 4096).await.map(drop), Err(NodeError::NotFound));
         assert_eq!(bench.node.shard_info(DEVICE, id(2)).await.map(drop), Err(NodeError::NotFound));
         bench.node.read_shard(DEVICE, id(3), 0, 4096).await.expect("what is still here is read here");
+    });
+}
+
+/// Whoever recovers a volume waits for a member that does not answer, and counts one that knows nothing as lost.
+#[test]
+fn of_a_device_that_is_not_open_nothing_is_said_unless_it_was_given_up() {
+    run(|env| async move {
+        let bench = Bench::new(env).await;
+        let of = |device| NodeApi::close(&*bench.node, device, VOLUME, Generation(2));
+        assert_eq!(of(GIVEN_UP).await.expect_err("not here"), NodeError::DeviceFailed, "no map says so yet");
+        bench.map(1, []);
+        assert_eq!(of(GIVEN_UP).await.expect_err("not here"), NodeError::NotFound);
+        assert_eq!(of(MISSING).await.expect_err("not here"), NodeError::DeviceFailed);
+        assert!(of(DEVICE).await.expect("it is here").is_empty());
+        bench.node.remove_device(DEVICE).await;
+        assert_eq!(of(DEVICE).await.expect_err("not here any more"), NodeError::DeviceFailed);
     });
 }
 

@@ -1,6 +1,6 @@
 //! Requests and answers of the admin API. Field names are stable: scripts read them.
 
-use crate::cluster::facts::MetadataRole;
+use crate::cluster::facts::{MetadataRole, UnopenedDisk};
 use serde::{Deserialize, Serialize};
 use xsan_types::Scheme;
 
@@ -73,7 +73,7 @@ pub struct MoveStatus {
 /// Something that is not as it should be.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
-    /// What kind, for programs: `NODE_DOWN`, `NODE_SILENT`, `NODE_JOINING`, `DEVICE_FAILED`, `DEVICE_FULL`, `JOURNAL_SHORT`,
+    /// What kind, for programs: `NODE_DOWN`, `NODE_SILENT`, `NODE_JOINING`, `DEVICE_MISSING`, `DEVICE_FAILED`, `DEVICE_FULL`, `JOURNAL_SHORT`,
     /// `POSITIONS_MISSING`, `POSITIONS_UNCHECKED`, `MOVE_WAITS`, `POOL_STALLED`, `VOLUME_WAITS`, `METADATA_SILENT`, `ADDRESS_FAULT`.
     pub code: String,
     /// `warning` (served, with less redundancy or soon not) or `error` (some I/O waits or fails).
@@ -121,6 +121,9 @@ pub struct NodeStatus {
     pub members: u64,
     /// Its device takes no more writes.
     pub failed: bool,
+    /// Disks of its settings that it cannot open.
+    #[serde(default)]
+    pub unopened: Vec<UnopenedDisk>,
 }
 
 /// A device.
@@ -134,6 +137,9 @@ pub struct DeviceInfo {
     pub used: u64,
     /// It takes no more writes.
     pub failed: bool,
+    /// Its node answers and does not serve it: its disk cannot be opened.
+    #[serde(default)]
+    pub missing: bool,
     /// `in`, `leaving` (out, and data is still to be moved away) or `empty` (out, and nothing of it is needed).
     #[serde(default)]
     pub state: String,

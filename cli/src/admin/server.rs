@@ -109,6 +109,7 @@ fn router(admin: Admin) -> Router {
         .route("/v1/volumes", post(create_volume))
         .route("/v1/volumes/{name}", patch(change_volume).delete(delete_volume))
         .route("/v1/volumes/{name}/attach", post(attach_volume))
+        .route("/v1/volumes/{name}/standby", post(stand_by))
         .route("/v1/volumes/{name}/address", post(set_address))
         .route("/v1/tokens", post(create_token))
         .route("/v1/nodes/{name}", patch(rename_node).delete(remove_node))
@@ -286,6 +287,11 @@ async fn attach_volume(State(admin): State<Admin>, Path(name): Path<String>) -> 
         Ok(Json(Done {}))
     })
     .await
+}
+
+async fn stand_by(State(admin): State<Admin>, Path(name): Path<String>) -> Answer<Done> {
+    admin.cluster.stand_by(name).await?;
+    Ok(Json(Done {}))
 }
 
 async fn create_token(State(admin): State<Admin>, Json(request): Json<CreateToken>) -> Answer<JoinToken> {

@@ -5,7 +5,7 @@ use super::api::{
 };
 use crate::cluster::addresses::NBD_PORT;
 use crate::cluster::carry::CarryReport;
-use crate::cluster::facts::NodeFacts;
+use crate::cluster::facts::{DeviceReport, NodeFacts};
 use crate::cluster::maps::answers;
 use crate::cluster::{Cluster, Facts};
 use raft_meta::NodeState;
@@ -103,6 +103,23 @@ fn warnings(nodes: &[NodeStatus], volumes: &[VolumeInfo], now_millis: u64) -> Ve
                 "look at its host and network; it is called down soon",
             ),
         }
+        let why: Vec<String> = node.unopened.iter().map(|disk| format!("; {}", disk.why)).collect();
+        if !why.is_empty() && !node.devices.iter().any(|device| device.missing) {
+            warn(
+                "DEVICE_MISSING",
+                name,
+                format!("node {name} cannot open a disk of its settings{}", why.concat()),
+                "`xsan device add PATH` once it is there, or remove its line from the node's xsan.toml",
+            );
+        }
+        for missing in node.devices.iter().filter(|device| device.missing) {
+            warn(
+                "DEVICE_MISSING",
+                name,
+                format!("node {name} does not serve its device {}{}", missing.id, why.concat()),
+                "bring its disk back and say so: `xsan device add PATH`; if it is lost: `xsan device remove DEVICE`",
+            );
+        }
         if node.failed {
             let text = format!("a device of node {name} failed and takes no more writes");
             warn(
@@ -193,34 +210,28 @@ fn errors(nodes: &[NodeStatus], pools: &[PoolStatus], volumes: &[VolumeInfo]) ->
 
 fn node_status(facts: &Facts, node: &NodeFacts) -> NodeStatus {
     let record = facts.view.nodes.get(&node.id);
-    let devices: Vec<DeviceInfo> = match &node.report {
-        Some(report) => {
-            let told = report.devices.iter();
-            told.map(|device| DeviceInfo {
-                id: device.id.to_string(),
-                capacity: device.capacity,
-                used: device.used,
-                failed: device.failed,
-                state: device_state(facts, device.id),
-            })
-            .collect()
-        }
-        None => {
-            let known = facts.view.devices_of(node.id);
-            known
-                .map(|device| DeviceInfo {
-                    id: device.id.to_string(),
-                    capacity: device.capacity,
-                    used: 0,
-                    failed: false,
-                    state: device_state(facts, device.id),
-                })
-                .collect()
-        }
-    };
-    let sum = |field: fn(&crate::cluster::facts::DeviceReport) -> u64| {
-        node.report.iter().flat_map(|report| &report.devices).map(field).sum()
-    };
+    let told: &[DeviceReport] = node.report.as_ref().map_or(&[], |report| &report.devices);
+    let mut devices: Vec<DeviceInfo> = told
+        .iter()
+        .map(|device| DeviceInfo {
+            id: device.id.to_string(),
+            capacity: device.capacity,
+            used: device.used,
+            failed: device.failed,
+            missing: false,
+            state: device_state(facts, device.id),
+        })
+        .collect();
+    let untold = facts.view.devices_of(node.id).filter(|device| !told.iter().any(|known| known.id == device.id));
+    devices.extend(untold.map(|device| DeviceInfo {
+        id: device.id.to_string(),
+        capacity: device.capacity,
+        used: 0,
+        failed: false,
+        missing: node.report.is_some(),
+        state: device_state(facts, device.id),
+    }));
+    let sum = |field: fn(&DeviceReport) -> u64| node.report.iter().flat_map(|report| &report.devices).map(field).sum();
     NodeStatus {
         name: record.map_or_else(|| node.id.to_string(), |record| record.name.to_string()),
         id: node.id.0,
@@ -237,6 +248,7 @@ fn node_status(facts: &Facts, node: &NodeFacts) -> NodeStatus {
         shards: sum(|device| device.shards),
         members: sum(|device| device.members),
         failed: devices.iter().any(|device| device.failed),
+        unopened: node.report.as_ref().map_or_else(Vec::new, |report| report.unopened.clone()),
         devices,
     }
 }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use xsan_node::Assignment;
-use xsan_placement::PgTable;
+use xsan_placement::{DeviceState, PgTable};
 use xsan_types::{DeviceId, Epoch, PgId, PoolId, ShardId, ShardIndex, VolumeId};
 use xsan_wire::node::{HoldShard, NodeApi, NodeError, PutShard, ShardInfo};
 
@@ -50,6 +50,11 @@ impl Assignment for HostMap {
 
     fn is_elsewhere(&self, device: DeviceId, shard: ShardId) -> bool {
         place(&self.0, shard.segment.pg, shard.index).is_some_and(|place| place != device)
+    }
+
+    fn is_given_up(&self, device: DeviceId) -> bool {
+        let known = self.0.devices.get(&device);
+        known.is_some_and(|device| device.state == DeviceState::Out) || self.0.removed_devices.contains(&device)
     }
 }
 
@@ -110,7 +115,8 @@ async fn carry(host: &Host, view: &Arc<MetaState>) -> bool {
     let mut reports = Vec::new();
     for pool in view.pools.values().filter(|pool| pool.next.is_some()) {
         for device in view.devices_to_empty(pool) {
-            if view.devices.get(&device).is_none_or(|record| record.node != host.node_id()) {
+            // What is not open here is rebuilt from others (rule 5).
+            if !host.node().has_device(device) {
                 continue;
             }
             reports.push((pool.id, device));
@@ -308,6 +314,7 @@ async fn free(host: &Host, view: &MetaState, freed: &mut BTreeMap<PoolId, Epoch>
     let mut left = false;
     for pool in due.into_iter().filter_map(|pool| newest.pools.get(&pool)).filter(|pool| rests(pool)) {
         let own = newest.devices_of(host.node_id()).map(|device| device.id);
+        let own = own.filter(|device| host.node().has_device(*device));
         let mut outcome = Ok(());
         for device in own {
             outcome = outcome.and(Carrying { host, view: &newest, pool: pool.id, device }.free().await);

@@ -452,7 +452,8 @@ impl DevCluster {
     async fn open_node(&self, name: &str, dir: &Path, id: NodeId) -> Result<(Arc<Node>, DeviceStatus), ClusterError> {
         let failed = |reason: String| ClusterError::Node { node: name.to_owned(), reason };
         let disk = self.storage.open_disk(&dir.join("device.img"), None).await?;
-        let node = self.storage.open_node(self.view().cluster, id, name, &[(disk, dir.join("index"))]).await?;
+        let node = self.storage.open_node(self.view().cluster, id).await?;
+        self.storage.add_device(&node, name, &(disk, dir.join("index"))).await?;
         let status = node.devices().await.map_err(|error| failed(error.to_string()))?;
         let status = status.into_iter().next().ok_or_else(|| failed("it has no device".into()))?;
         Ok((node, status))
@@ -586,6 +587,11 @@ impl Cluster for DevCluster {
     }
     fn attach(&self, name: String) -> Done<'_, ()> {
         Box::pin(async move { self.volumes.attach(&name).await.map(drop) })
+    }
+    fn stand_by(&self, _name: String) -> Done<'_, ()> {
+        Box::pin(std::future::ready(Err(ClusterError::Invalid(
+            "all nodes are in one process here: a guest that migrates finds its volume where it is".into(),
+        ))))
     }
     fn check_address(&self, _name: String, _place: raft_meta::ServiceAddress) -> Done<'_, ()> {
         only_hosts()

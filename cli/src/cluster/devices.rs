@@ -20,45 +20,87 @@ use xsan_wire::node::{NodeApi, NodeError};
 /// What must be empty on a disk before it becomes a device.
 const BLANK_BYTES: usize = 1 << 20;
 
-/// A device of the node, and the directory of its index.
-pub(super) type OpenDisk = (Arc<dyn Disk>, PathBuf);
+/// The disks that the settings name.
+#[derive(Debug, Default)]
+pub(super) struct Disks {
+    served: BTreeMap<PathBuf, DeviceId>,
+    /// Those that cannot be served, and why.
+    unopened: BTreeMap<PathBuf, String>,
+}
 
-/// Opens the disks that the settings name.
-pub(super) async fn open_disks(
+/// Opens the devices that the settings name. One that cannot be opened keeps no other one from being served, nor this host's guests
+/// from the volumes: its disk is lost, or returns.
+///
+/// # Errors
+/// A device is another node's, or of another cluster.
+pub(super) async fn open_devices(
     storage: &Storage,
     dir: &Path,
     settings: &Settings,
     own: &Identity,
-) -> Result<Vec<OpenDisk>, ClusterError> {
-    let mut disks = Vec::new();
+    node: &Node,
+) -> Result<(BTreeMap<DeviceId, Arc<dyn Disk>>, Disks), ClusterError> {
+    let (mut opened, mut disks) = (BTreeMap::new(), Disks::default());
     for path in settings.device_paths(dir) {
-        let disk = storage.open_disk(&path, None).await?;
-        refuse_foreign(&disk, &path, own).await?;
-        let index = index_of(&disk, dir, &path).await?;
-        disks.push((disk, index));
+        match open_device(storage, dir, &path, own, node).await {
+            Ok((device, disk)) => {
+                opened.insert(device, disk);
+                disks.served.insert(path, device);
+            }
+            Err(foreign @ ClusterError::Foreign { .. }) => return Err(foreign),
+            Err(error) => {
+                tracing::error!(path = %path.display(), %error, "a device cannot be opened: the node runs without it");
+                disks.unopened.insert(path, error.to_string());
+            }
+        }
     }
-    Ok(disks)
+    Ok((opened, disks))
+}
+
+async fn open_device(
+    storage: &Storage,
+    dir: &Path,
+    path: &Path,
+    own: &Identity,
+    node: &Node,
+) -> Result<(DeviceId, Arc<dyn Disk>), ClusterError> {
+    let disk = storage.open_disk(path, None).await?;
+    match refuse_foreign(&disk, path, own).await? {
+        Some(identity) => serve(storage, dir, own, node, (identity.device, disk)).await,
+        None => Err(ClusterError::Invalid(format!(
+            "{} is no device, or both of its superblocks are damaged: see `xsan debug device`",
+            path.display()
+        ))),
+    }
+}
+
+async fn serve(
+    storage: &Storage,
+    dir: &Path,
+    own: &Identity,
+    node: &Node,
+    (device, disk): (DeviceId, Arc<dyn Disk>),
+) -> Result<(DeviceId, Arc<dyn Disk>), ClusterError> {
+    // By its id, because disks come and go.
+    let opened = (disk, dir.join(format!("index-{device}")));
+    let device = storage.add_device(node, &own.node.to_string(), &opened).await?;
+    Ok((device, opened.0))
 }
 
 /// Another node's device is not served, even of the same cluster: that node may be about to return with it, or with a copy.
-async fn refuse_foreign(disk: &Arc<dyn Disk>, path: &Path, own: &Identity) -> Result<(), ClusterError> {
+async fn refuse_foreign(
+    disk: &Arc<dyn Disk>,
+    path: &Path,
+    own: &Identity,
+) -> Result<Option<DeviceIdentity>, ClusterError> {
     let found = Node::identify(disk).await.map_err(ClusterError::io(format!("cannot read {}", path.display())))?;
-    // One that cannot be read is told of when it is opened.
-    let Some((found, _)) = found else { return Ok(()) };
+    let Some((found, _)) = found else { return Ok(None) };
     let owner = match found {
         DeviceIdentity { cluster, .. } if cluster != own.cluster => format!("another cluster ({cluster})"),
         DeviceIdentity { node, .. } if node != own.node => format!("another node ({node})"),
-        _ => return Ok(()),
+        _ => return Ok(Some(found)),
     };
     Err(ClusterError::Foreign { path: path.to_owned(), owner })
-}
-
-/// Where a device's index lies: by its id, because disks come and go.
-async fn index_of(disk: &Arc<dyn Disk>, dir: &Path, path: &Path) -> Result<PathBuf, ClusterError> {
-    let identity = Node::identify(disk).await;
-    let identity = identity.map_err(ClusterError::io(format!("cannot read {}", path.display())))?;
-    let name = identity.map_or_else(|| "unknown".to_owned(), |(identity, _)| identity.device.to_string());
-    Ok(dir.join(format!("index-{name}")))
 }
 
 /// A disk that holds anything is not touched.
@@ -122,19 +164,35 @@ impl Host {
         let before = changed.devices.replace(paths);
         changed.write(&file)?;
         let index = self.dir().join(format!("index-{device}"));
-        let opened = self.storage().add_device(self.node(), &self.settings().name, &(Arc::clone(&disk), index)).await;
-        if let Err(error) = opened {
+        let opened = (Arc::clone(&disk), index);
+        if let Err(error) = self.storage().add_device(self.node(), &self.settings().name, &opened).await {
             changed.devices = before;
             changed.write(&file)?;
             return Err(error);
         }
+        self.note_served_disk(&path, device);
         self.watch(device, &disk);
         tracing::info!(%device, path = %path.display(), "a device was added");
         self.make_known(device).await
     }
 
-    /// A device that is in the settings: what was cut short before the cluster knew it goes on.
+    /// A device that is in the settings: one that is back, or a new disk where one was lost; what was cut short before the cluster knew
+    /// it goes on.
     async fn add_again(&self, path: &Path) -> Result<DeviceId, ClusterError> {
+        if self.unopened().contains_key(path) {
+            let disk = self.storage().open_disk(path, None).await?;
+            let device = match refuse_foreign(&disk, path, self.identity()).await? {
+                Some(known) => known.device,
+                None => self.claim(&disk, path).await?,
+            };
+            let opened = serve(self.storage(), self.dir(), self.identity(), self.node(), (device, disk)).await;
+            let (device, disk) = opened?;
+            self.note_served_disk(path, device);
+            self.watch(device, &disk);
+            tracing::info!(%device, path = %path.display(), "a device is served again");
+            self.map_changed.notify_one();
+            return if self.view().devices.contains_key(&device) { Ok(device) } else { self.make_known(device).await };
+        }
         let (own, view) = (self.node().devices().await.unwrap_or_default(), self.view());
         match own.iter().find(|status| !view.devices.contains_key(&status.device)) {
             Some(unknown) => self.make_known(unknown.device).await,
@@ -197,20 +255,47 @@ impl Host {
         self.probes.lock().unwrap_or_else(PoisonError::into_inner).forget(device);
         let file = self.dir().join(settings::FILE);
         let mut changed = Settings::read(&file)?;
-        let mut kept = Vec::new();
-        for path in changed.device_paths(self.dir()) {
-            let is_it = match self.storage().open_disk(&path, None).await {
-                Ok(disk) => Node::identify(&disk).await.ok().flatten().is_some_and(|(found, _)| found.device == device),
-                Err(_) => false,
-            };
-            if !is_it {
-                kept.push(path);
-            }
-        }
-        changed.devices = Some(kept);
+        let mut paths = changed.device_paths(self.dir());
+        let Some(path) = self.path_of(device) else {
+            return Err(ClusterError::Invalid(format!(
+                "no disk of {} is known to be device {device}: remove its line by hand",
+                file.display()
+            )));
+        };
+        paths.retain(|kept| *kept != path);
+        changed.devices = Some(paths);
         changed.write(&file)?;
+        let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        disks.served.remove(&path);
+        disks.unopened.remove(&path);
         tracing::info!(%device, "a device was removed; its disk may be wiped and taken out");
         Ok(())
+    }
+
+    fn note_served_disk(&self, path: &Path, device: DeviceId) {
+        let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        disks.unopened.remove(path);
+        disks.served.insert(path.to_owned(), device);
+    }
+
+    /// Where a device's disk is or was. Of one that cannot be opened that is known if no other one is missing.
+    fn path_of(&self, device: DeviceId) -> Option<PathBuf> {
+        let disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((path, _)) = disks.served.iter().find(|(_, served)| **served == device) {
+            return Some(path.clone());
+        }
+        let view = self.view();
+        let mut missing = view.devices_of(self.node_id()).filter(|other| !self.node().has_device(other.id));
+        match disks.unopened.len() {
+            1 if !missing.any(|other| other.id != device) => disks.unopened.keys().next().cloned(),
+            _ => None,
+        }
+    }
+
+    /// Disks of its settings that cannot be served, and why.
+    #[must_use]
+    pub fn unopened(&self) -> BTreeMap<PathBuf, String> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner).unopened.clone()
     }
 
     fn watch(&self, device: DeviceId, disk: &Arc<dyn Disk>) {
@@ -218,11 +303,7 @@ impl Host {
     }
 
     /// Watches the disks that the node was opened with.
-    pub(super) async fn watch_all(&self, disks: &[OpenDisk]) {
-        for (disk, _) in disks {
-            if let Ok(Some((identity, _))) = Node::identify(disk).await {
-                self.watch(identity.device, disk);
-            }
-        }
+    pub(super) fn watch_all(&self, disks: &BTreeMap<DeviceId, Arc<dyn Disk>>) {
+        disks.iter().for_each(|(device, disk)| self.watch(*device, disk));
     }
 }

@@ -98,6 +98,18 @@ pub struct NodeReport {
     /// Service addresses, of volumes that it serves or was asked to serve.
     #[serde(default)]
     pub addresses: BTreeMap<VolumeId, AddressReport>,
+    /// Disks that it should serve and cannot.
+    #[serde(default)]
+    pub unopened: Vec<UnopenedDisk>,
+}
+
+/// A disk of a node's settings that is not served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnopenedDisk {
+    /// Where it should be.
+    pub path: std::path::PathBuf,
+    /// Why it is not served.
+    pub why: String,
 }
 
 /// A device.
@@ -156,6 +168,7 @@ impl NodeReport {
             volumes: BTreeMap::new(),
             carries: Vec::new(),
             addresses: BTreeMap::new(),
+            unopened: Vec::new(),
             counters: ProcessCounters {
                 device_read_bytes: counters.device_read_bytes,
                 device_reads: counters.device_reads,

@@ -3,15 +3,16 @@
 
 use super::addresses::{self, Addresses};
 use super::carry::{self, CarryReport, HostMap};
-use super::devices::{Probes, open_disks};
+use super::devices::{Disks, Probes, open_devices};
 use super::export::export_key;
-use super::facts::{Facts, MetadataRole, NodeFacts, NodeReport};
+use super::facts::{Facts, MetadataRole, NodeFacts, NodeReport, UnopenedDisk};
 use super::identity::Identity;
 use super::links::{Links, MetaService, MetaTransport};
 use super::maps::Maps;
 use super::membership::{self, Beats, MembershipService};
 use super::moves;
 use super::settings::Settings;
+use super::standby::Grant;
 use super::storage::{Storage, lock_directory};
 use super::volumes::VolumeManager;
 use super::{Cluster, Done, Events, events};
@@ -80,6 +81,7 @@ pub struct Host {
     consensus: Arc<dyn Consensus>,
     node: Arc<Node>,
     pub(super) probes: Mutex<Probes>,
+    pub(super) disks: Mutex<Disks>,
     /// Held while the settings' devices change.
     pub(super) changing_devices: tokio::sync::Mutex<()>,
     maps: Maps,
@@ -92,9 +94,11 @@ pub struct Host {
     pub(super) releasing: Mutex<BTreeMap<VolumeId, xsan_env::Moment>>,
     /// Volumes that are being taken over: whose turn it is.
     pub(super) taking: Mutex<BTreeMap<VolumeId, Arc<tokio::sync::Mutex<()>>>>,
+    /// Volumes that may be opened here while another node serves them.
+    pub(super) standby: Mutex<BTreeMap<VolumeId, Arc<Grant>>>,
     server: Server,
     /// The map has changed: devices are asked again.
-    map_changed: Notify,
+    pub(super) map_changed: Notify,
     tasks: Mutex<Vec<TaskHandle>>,
     _lock: std::fs::File,
 }
@@ -131,8 +135,8 @@ impl Host {
         let listener = Listener::tcp(settings.listen).await;
         let listener = listener.map_err(ClusterError::io(format!("cannot listen on {}", settings.listen)))?;
         links.set_group(group.clone());
-        let disks = open_disks(&storage, dir, &settings, &identity).await?;
-        let node = storage.open_node(identity.cluster, identity.node, &settings.name, &disks).await?;
+        let node = storage.open_node(identity.cluster, identity.node).await?;
+        let (opened, disks) = open_devices(&storage, dir, &settings, &identity, &node).await?;
         let consensus: Arc<dyn Consensus> = Arc::new(group.clone());
         let cache = Arc::new(PageCache::new(options.page_cache_bytes));
         let volumes = VolumeManager::new(env.clone(), buffers.clone(), cache, Arc::clone(&consensus), options.tuning);
@@ -155,6 +159,7 @@ impl Host {
             group,
             consensus,
             probes: Mutex::default(),
+            disks: Mutex::new(disks),
             changing_devices: tokio::sync::Mutex::default(),
             buffers,
             node,
@@ -165,11 +170,12 @@ impl Host {
             addresses: Addresses::default(),
             releasing: Mutex::default(),
             taking: Mutex::default(),
+            standby: Mutex::default(),
             map_changed: Notify::new(),
             tasks: Mutex::default(),
             _lock: lock,
         });
-        host.watch_all(&disks).await;
+        host.watch_all(&opened);
         host.learn(&host.view());
         // Before anybody can call: without a map everything would be let in, and what is absent called `NotFound`.
         let places: Arc<dyn Assignment> = Arc::new(HostMap(host.view()));
@@ -378,6 +384,7 @@ impl Host {
         report.add_volumes(&self.volumes.statuses(), |id| self.clients(id));
         report.carries = self.carry_reports();
         report.addresses = self.addresses.reports();
+        report.unopened = self.unopened().into_iter().map(|(path, why)| UnopenedDisk { path, why }).collect();
         report
     }
 
@@ -494,6 +501,9 @@ impl Cluster for Host {
     }
     fn attach(&self, name: String) -> Done<'_, ()> {
         Box::pin(async move { self.attach(&name).await.map(drop) })
+    }
+    fn stand_by(&self, name: String) -> Done<'_, ()> {
+        Box::pin(async move { self.stand_by(&name).await })
     }
     fn check_address(&self, name: String, place: raft_meta::ServiceAddress) -> Done<'_, ()> {
         Box::pin(async move { self.check_address(&name, place).await })

@@ -2,7 +2,7 @@
 
 use super::links::Links;
 use raft_meta::{MetaState, Node, NodeState};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use xsan_placement::{DeviceState, FailureDomain};
 use xsan_pool::{DeviceView, PoolView};
@@ -15,13 +15,15 @@ pub struct Maps {
     storage: Arc<dyn NodeApi>,
     links: Arc<Links>,
     statuses: Mutex<BTreeMap<DeviceId, DeviceStatus>>,
+    /// Devices that their nodes, which answer, do not serve.
+    absent: Mutex<BTreeSet<DeviceId>>,
 }
 
 impl Maps {
     /// Nothing was heard yet. `storage` is this process's own node, called directly.
     #[must_use]
     pub fn new(own: NodeId, storage: Arc<dyn NodeApi>, links: Arc<Links>) -> Self {
-        Self { own, storage, links, statuses: Mutex::default() }
+        Self { own, storage, links, statuses: Mutex::default(), absent: Mutex::default() }
     }
 
     /// How a node's devices are reached.
@@ -34,6 +36,7 @@ impl Maps {
     #[must_use]
     pub fn pool_view(&self, view: &MetaState, pool: &raft_meta::Pool) -> Arc<PoolView> {
         let statuses = self.statuses.lock().unwrap_or_else(PoisonError::into_inner);
+        let absent = self.absent.lock().unwrap_or_else(PoisonError::into_inner);
         let mut devices = BTreeMap::new();
         for device in view.devices.values() {
             let Some(node) = view.node(device.node) else { continue };
@@ -41,7 +44,7 @@ impl Maps {
             let seen = DeviceView {
                 node: self.storage_of(node.id),
                 domain: Arc::from(domain(node, device.id, pool.failure_domain)),
-                up: answers(node.state),
+                up: answers(node.state) && !absent.contains(&device.id),
                 leaving: device.state == DeviceState::Out,
                 sector: status.map_or(512, |status| status.sector),
                 free: status.map_or(0, |status| status.capacity.saturating_sub(status.used)),
@@ -62,8 +65,22 @@ impl Maps {
         });
         for (node, answer) in futures::future::join_all(asked).await {
             match answer {
-                Ok(devices) => self.learn(node, devices),
+                Ok(devices) => {
+                    self.note_absent(view, node, &devices);
+                    self.learn(node, devices);
+                }
                 Err(error) => tracing::debug!(%node, %error, "a node does not tell of its devices"),
+            }
+        }
+    }
+
+    fn note_absent(&self, view: &MetaState, node: NodeId, served: &[DeviceStatus]) {
+        let mut absent = self.absent.lock().unwrap_or_else(PoisonError::into_inner);
+        for device in view.devices_of(node) {
+            if served.iter().any(|status| status.device == device.id) {
+                absent.remove(&device.id);
+            } else if absent.insert(device.id) {
+                tracing::warn!(%node, device = %device.id, "a device is not served by its node");
             }
         }
     }

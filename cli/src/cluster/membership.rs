@@ -2,6 +2,7 @@
 
 use super::facts::NodeReport;
 use super::host::Host;
+use super::standby::Read;
 use raft_meta::detector::{Beat, Detector, Observed, Options};
 use raft_meta::{Command, Consensus, NodeState, ReplicaId};
 use serde::de::DeserializeOwned;
@@ -28,8 +29,9 @@ const REPORT: u16 = 2;
 const RELEASE: u16 = 3;
 const RESIZE: u16 = 4;
 const SERVE: u16 = 5;
+const READ: u16 = 6;
 
-/// What a node says of itself, one way. Bodies of this service are JSON: fields are added, never changed.
+/// What a node says of itself, one way. Bodies of this service are JSON: fields are added, never changed. (But what was read is bytes.)
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Heartbeat {
     /// Age of the oldest request to its devices, in milliseconds.
@@ -136,6 +138,7 @@ impl Service for MembershipService {
                     let serve: Serve = decode(&body)?;
                     encode(&host.serve_for_address(serve.volume).await)
                 }
+                READ => host.read_here(decode(&body)?).await.ok_or(ServiceError::Unavailable),
                 _ => Err(ServiceError::NotOffered),
             }
         })
@@ -192,6 +195,13 @@ impl Host {
     /// Asks the owner of a volume for another size; `None`: no answer in time.
     pub async fn ask_resize(&self, node: NodeId, resize: &Resize, patience: Duration) -> Option<Reply> {
         self.ask(node, RESIZE, resize, patience).await
+    }
+
+    /// Asks the owner of a volume for bytes; `None`: it has none to give, or no answer in time.
+    pub async fn ask_read(&self, node: NodeId, read: &Read, patience: Duration) -> Option<Vec<u8>> {
+        let body = serde_json::to_vec(read).ok()?;
+        let peer = self.links().peer(node);
+        peer.request(Class::Guest, ServiceId::MEMBERSHIP, READ, &body, patience).await.ok()
     }
 
     /// Tells the leader how this node is.

@@ -4,7 +4,7 @@
 //! volumes a process serves; [`export`] shows them to the gateway; [`facts`] is what both tell of themselves, [`events`]
 //! what happened.
 //! Of hosts: [`founding`] (how one becomes a node), [`identity`] and [`settings`] (its files), [`links`] (how others are reached),
-//! [`membership`] (who is up), [`maps`] (what pools know), [`serving`] (who serves a volume), [`addresses`] (where it is reached), [`moves`] (where data should be) and
+//! [`membership`] (who is up), [`maps`] (what pools know), [`serving`] (who serves a volume), [`standby`] (guests that migrate), [`addresses`] (where it is reached), [`moves`] (where data should be) and
 //! [`carry`] (bringing it there).
 
 pub mod addresses;
@@ -27,6 +27,7 @@ pub mod moves;
 mod probe;
 pub mod serving;
 pub mod settings;
+pub mod standby;
 pub mod storage;
 pub mod volumes;
 
@@ -78,6 +79,8 @@ pub trait Cluster: Send + Sync + 'static {
     fn start_node(&self, name: String) -> Done<'_, ()>;
     /// Moves a volume to this process.
     fn attach(&self, name: String) -> Done<'_, ()>;
+    /// Lets clients open a volume in this process while another one serves it.
+    fn stand_by(&self, name: String) -> Done<'_, ()>;
     /// Looks whether a volume may have an address, as far as this process can see.
     fn check_address(&self, name: String, place: raft_meta::ServiceAddress) -> Done<'_, ()>;
     /// Makes a blank disk of this process's host a device; answers its id.

@@ -3,6 +3,7 @@
 
 use super::Facts;
 use super::carry::places;
+use super::facts::NodeReport;
 use super::host::Host;
 use super::maps::answers;
 use crate::error::ClusterError;
@@ -11,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use xsan_placement::{DeviceState, assign_with_holes};
-use xsan_types::{DeviceId, Epoch, PoolId, VolumeId};
+use xsan_types::{DeviceId, Epoch, NodeId, PoolId, VolumeId};
 
 /// The map is quiet for this long before a move is planned: three new hosts are one move.
 const QUIET_FOR: Duration = Duration::from_secs(2);
@@ -79,12 +80,26 @@ fn wants_move(view: &MetaState, pool: &Pool) -> bool {
     })
 }
 
-/// Devices that carry nothing themselves because their node is away, and whose data is to be rebuilt at the new places.
-fn lost_places(host: &Host, view: &MetaState, pool: &Pool) -> Vec<DeviceId> {
+/// What nodes say of themselves, by node.
+type Reports = BTreeMap<NodeId, NodeReport>;
+
+async fn reports(host: &Host, view: &MetaState) -> Reports {
+    let nodes = view.nodes.values().filter(|node| answers(node.state));
+    let asked = nodes.map(|node| async { host.report_of(node.id).await.map(|report| (node.id, report)) });
+    futures::future::join_all(asked).await.into_iter().flatten().collect()
+}
+
+/// Devices that carry nothing themselves because their node is away, or cannot open them, and whose data is to be rebuilt at the new
+/// places.
+fn lost_places(host: &Host, view: &MetaState, pool: &Pool, reports: &Reports) -> Vec<DeviceId> {
     let now = host.env().wall_millis();
     let is_lost = |device: &DeviceId| {
         let Some(record) = view.devices.get(device) else { return true };
         let Some(node) = view.node(record.node) else { return true };
+        if let Some(report) = reports.get(&node.id) {
+            let is_served = report.devices.iter().any(|served| served.id == *device);
+            return record.state == DeviceState::Out && !is_served;
+        }
         let since = view.hosts.nodes.get(&node.id).map_or(now, |host| host.since_millis);
         let away = Duration::from_millis(now.saturating_sub(since));
         node.state == NodeState::Down && (record.state == DeviceState::Out || away > AWAY_MAX)
@@ -94,9 +109,10 @@ fn lost_places(host: &Host, view: &MetaState, pool: &Pool) -> Vec<DeviceId> {
 
 /// Says for lost devices that they are emptied, once every volume of the pool is whole without them.
 async fn end_lost(host: &Arc<Host>, view: &MetaState) {
+    let reports = reports(host, view).await;
     for pool in view.pools.values().filter(|pool| pool.next.is_some()) {
-        let lost = lost_places(host, view, pool);
-        if lost.is_empty() || !is_rebuilt(host, view, pool).await {
+        let lost = lost_places(host, view, pool, &reports);
+        if lost.is_empty() || !is_rebuilt(host, view, pool, &reports).await {
             continue;
         }
         for device in lost {
@@ -111,10 +127,8 @@ async fn end_lost(host: &Arc<Host>, view: &MetaState) {
 
 /// Whether every volume of the pool has all its positions, as its owner found them under a map as new as `view`: under that of the plan
 /// the lost devices may still have answered. One that nobody serves is taken over to find out.
-async fn is_rebuilt(host: &Arc<Host>, view: &MetaState, pool: &Pool) -> bool {
-    let nodes = view.nodes.values().filter(|node| answers(node.state));
-    let reports = futures::future::join_all(nodes.map(|node| host.report_of(node.id))).await;
-    let told = |volume: VolumeId| reports.iter().flatten().find_map(|report| report.volumes.get(&volume));
+async fn is_rebuilt(host: &Arc<Host>, view: &MetaState, pool: &Pool, reports: &Reports) -> bool {
+    let told = |volume: VolumeId| reports.values().find_map(|report| report.volumes.get(&volume));
     let mut whole = true;
     for volume in view.volumes.values().filter(|volume| volume.pool == pool.id && !volume.is_deleted()) {
         if volume.register().set.is_none() && volume.register().checkpoint.is_none() {

@@ -36,7 +36,7 @@ impl Host {
     }
 
     /// Who else serves a volume, by the metadata's note, if that node should answer.
-    fn other_owner(&self, view: &MetaState, volume: VolumeId) -> Option<NodeId> {
+    pub(super) fn other_owner(&self, view: &MetaState, volume: VolumeId) -> Option<NodeId> {
         let Served { node, .. } = *view.hosts.served.get(&volume)?;
         let answers = view.node(node).is_some_and(|node| answers(node.state));
         (node != self.node_id() && answers).then_some(node)
@@ -48,16 +48,18 @@ impl Host {
     /// # Errors
     /// No such volume; why the take-over failed.
     pub async fn attach(&self, name: &str) -> Result<Arc<Attached>, ClusterError> {
+        let attached = self.move_here(name).await?;
+        attached.pin();
+        Ok(attached)
+    }
+
+    /// As [`Host::attach`]; it stays as long as it has clients here.
+    pub(super) async fn move_here(&self, name: &str) -> Result<Arc<Attached>, ClusterError> {
         let view = self.newest_view().await?;
         let id = self.find(&view, name)?;
-        if let Some(attached) = self.volumes().serving(id) {
-            attached.pin();
-            return Ok(attached);
-        }
         // From here on clients that ask for it here wait for the outcome.
         let taking = Taking::begin(self, id).await;
         if let Some(attached) = self.volumes().serving(id) {
-            attached.pin();
             return Ok(attached);
         }
         let owner = self.other_owner(&self.view(), id);
@@ -70,9 +72,7 @@ impl Host {
                 answer => tracing::warn!(volume = name, %owner, ?answer, "taken over without a hand-over"),
             }
         }
-        let attached = self.take(taking, generation, name).await?;
-        attached.pin();
-        Ok(attached)
+        self.take(taking, generation, name).await
     }
 
     /// Serves a volume for a client that asks for it here.
@@ -405,6 +405,10 @@ impl Exports for HostExports {
                 Ok(attached) => Ok(Arc::new(VolumeExport::new(attached, transport)) as Arc<dyn Export>),
                 Err(error) if error.kind() == ErrorKind::NotFound => Err(OpenError::NotFound),
                 Err(error) => {
+                    let elsewhere = matches!(error, ClusterError::ServedElsewhere { .. });
+                    if let Some(export) = elsewhere.then(|| host.open_on_standby(&name, transport)).flatten() {
+                        return Ok(export);
+                    }
                     tracing::warn!(volume = name, %error, "cannot serve the volume");
                     Err(OpenError::Unavailable(error.to_string()))
                 }

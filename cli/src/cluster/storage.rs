@@ -7,10 +7,13 @@ use std::time::Duration;
 use xsan_env::os_disk::{DiskOptions, IoDriver};
 use xsan_env::{BufPool, Disk, Env};
 use xsan_node::{DeviceHandle, DeviceIdentity, FjallIndex, Node, NodeConfig, NodeOpenError};
-use xsan_types::{ClusterId, NodeId};
+use xsan_types::{ClusterId, DeviceId, NodeId};
 
 /// Smallest device that is made without being asked for.
 const DEVICE_BYTES_MIN: u64 = 1 << 30;
+
+/// A device's disk, and the directory of its index.
+pub(super) type OpenDisk = (Arc<dyn Disk>, PathBuf);
 
 /// What opens devices.
 pub struct Storage {
@@ -52,65 +55,41 @@ impl Storage {
             .map_err(|error| ClusterError::Node { node: identity.node.to_string(), reason: error.to_string() })
     }
 
-    /// Opens a node on its disks. A shard index is a view of its device: a damaged one is set aside and filled again.
+    /// Opens a node that has no device yet.
     ///
     /// # Errors
-    /// A device is of another cluster, damaged, or cannot be read.
-    pub async fn open_node(
-        &self,
-        cluster: ClusterId,
-        id: NodeId,
-        name: &str,
-        disks: &[(Arc<dyn Disk>, PathBuf)],
-    ) -> Result<Arc<Node>, ClusterError> {
-        let failed = |reason: String| ClusterError::Node { node: name.to_owned(), reason };
-        let opened = match self.open_devices(cluster, id, disks).await {
+    /// None that is known.
+    pub async fn open_node(&self, cluster: ClusterId, id: NodeId) -> Result<Arc<Node>, ClusterError> {
+        let node = Node::open(&self.env, NodeConfig::new(cluster, id, self.buffers.clone()), Vec::new()).await;
+        node.map_err(|error| ClusterError::Node { node: id.to_string(), reason: error.to_string() })
+    }
+
+    /// Opens a device of a node. A shard index is a view of its device: a damaged one is set aside and filled again.
+    ///
+    /// # Errors
+    /// The device is of another cluster, damaged, or cannot be read.
+    pub(super) async fn add_device(&self, node: &Node, name: &str, disk: &OpenDisk) -> Result<DeviceId, ClusterError> {
+        let opened = match self.open_device(node, disk).await {
             Err(error) if error.blames_index() => {
-                for (_, index) in disks {
-                    let aside = index.with_extension(format!("damaged-{}", self.env.wall_millis()));
-                    tracing::warn!(
-                        node = name, %error, aside = %aside.display(),
-                        "the shard index is damaged: it is set aside and made anew from the device"
-                    );
-                    let from = index.clone();
-                    let moved = self.env.blocking(move || std::fs::rename(from, aside)).await;
-                    moved.map_err(|error| failed(error.to_string()))?;
-                }
-                self.open_devices(cluster, id, disks).await
+                let (_, index) = disk;
+                let aside = index.with_extension(format!("damaged-{}", self.env.wall_millis()));
+                tracing::warn!(
+                    node = name, %error, aside = %aside.display(),
+                    "the shard index is damaged: it is set aside and made anew from the device"
+                );
+                let from = index.clone();
+                let moved = self.env.blocking(move || std::fs::rename(from, aside)).await;
+                moved.map_err(ClusterError::io(format!("cannot set {} aside", index.display())))?;
+                self.open_device(node, disk).await
             }
             opened => opened,
         };
-        opened.map_err(|error| failed(error.to_string()))
+        opened.map_err(|error| ClusterError::Node { node: name.to_owned(), reason: error.to_string() })
     }
 
-    /// Opens one more device of a node.
-    ///
-    /// # Errors
-    /// As [`Storage::open_node`].
-    pub async fn add_device(
-        &self,
-        node: &Node,
-        name: &str,
-        (disk, index): &(Arc<dyn Disk>, PathBuf),
-    ) -> Result<(), ClusterError> {
-        let failed = |error: NodeOpenError| ClusterError::Node { node: name.to_owned(), reason: error.to_string() };
-        let index = FjallIndex::open(&self.env, index.clone()).await.map_err(|error| failed(error.into()))?;
-        let handle = DeviceHandle { disk: Arc::clone(disk), index: Box::new(index) };
-        node.add_device(handle).await.map(drop).map_err(failed)
-    }
-
-    async fn open_devices(
-        &self,
-        cluster: ClusterId,
-        id: NodeId,
-        disks: &[(Arc<dyn Disk>, PathBuf)],
-    ) -> Result<Arc<Node>, NodeOpenError> {
-        let mut handles = Vec::new();
-        for (disk, index) in disks {
-            let index = Box::new(FjallIndex::open(&self.env, index.clone()).await?);
-            handles.push(DeviceHandle { disk: Arc::clone(disk), index });
-        }
-        Node::open(&self.env, NodeConfig::new(cluster, id, self.buffers.clone()), handles).await
+    async fn open_device(&self, node: &Node, (disk, index): &OpenDisk) -> Result<DeviceId, NodeOpenError> {
+        let index = FjallIndex::open(&self.env, index.clone()).await?;
+        node.add_device(DeviceHandle { disk: Arc::clone(disk), index: Box::new(index) }).await
     }
 }
 

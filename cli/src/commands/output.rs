@@ -126,7 +126,11 @@ pub(super) fn event(event: &Event) {
 
 pub(super) fn devices(devices: &[(String, DeviceInfo)]) {
     let row = |(node, device): &(String, DeviceInfo)| {
-        let state = if device.failed { "failed" } else { device.state.as_str() };
+        let state = match (device.missing, device.failed) {
+            (true, _) if device.state == "in" => "missing",
+            (_, true) => "failed",
+            _ => device.state.as_str(),
+        };
         vec![
             device.id.clone(),
             node.clone(),
@@ -146,7 +150,11 @@ pub(super) fn node(node: &NodeStatus) {
         line!("address   {}", node.address);
     }
     for device in &node.devices {
-        let state = if device.failed { ", failed" } else { "" };
+        let state = match (device.missing, device.failed) {
+            (true, _) => ", missing",
+            (_, true) => ", failed",
+            _ => "",
+        };
         let (used, capacity) = (format_bytes(device.used), format_bytes(device.capacity));
         line!("device    {} {used} of {capacity}{state}", device.id);
     }

@@ -79,9 +79,16 @@ pub(super) enum VolumeCommand {
         new_name: String,
     },
     /// Move a volume to the node that is asked: it is served there from now on. Its clients elsewhere are cut off.
+    #[command(after_help = "\
+Before a guest migrates to another host, there:
+  xsan volume attach vm1 --standby")]
     Attach {
         /// Its name.
         name: String,
+        /// Do not move it yet: for ten minutes clients may open it here while it is served elsewhere. The first change that one of
+        /// them asks for moves it.
+        #[arg(long)]
+        standby: bool,
     },
     /// Delete a volume and everything in it. Asks first.
     Delete {
@@ -141,7 +148,15 @@ pub(super) async fn run(client: &Client, command: VolumeCommand, output: Output)
             let done: Done = client.call(Method::PATCH, &format!("/v1/volumes/{name}"), &request).await?;
             output::done(output, &done, &format!("volume {name} is {new_name} now"));
         }
-        VolumeCommand::Attach { name } => {
+        VolumeCommand::Attach { name, standby: true } => {
+            let done: Done = client.call(Method::POST, &format!("/v1/volumes/{name}/standby"), &Done {}).await?;
+            output::done(
+                output,
+                &done,
+                &format!("volume {name} may be opened here; it moves here with the first change"),
+            );
+        }
+        VolumeCommand::Attach { name, standby: false } => {
             let done: Done = client.call(Method::POST, &format!("/v1/volumes/{name}/attach"), &Done {}).await?;
             output::done(output, &done, &format!("volume {name} is served here"));
         }
