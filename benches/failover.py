@@ -371,10 +371,11 @@ def main():
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     # Shards 1.5 times, and room for journals, checkpoints and what is not freed yet.
-    needed = (arguments.gib * 1.5 + 10) * GIB
+    # What is written meanwhile stays: there is no cleaning yet.
+    needed = (arguments.gib * 1.5 + arguments.rounds + 10) * GIB
     if shutil.disk_usage(scratch).free < needed:
         sys.exit(f"{scratch} needs {needed / GIB:.0f} GiB of room")
-    cluster = Cluster(program, scratch, max(4, arguments.gib * 2 // 4))
+    cluster = Cluster(program, scratch, max(4, arguments.gib * 2 // 4 + arguments.rounds // 4))
     try:
         cluster.xsan("n1", "volume", "create", VOLUME, "--size", f"{max(arguments.gib, 1)}GiB")
         cluster.xsan("n1", "volume", "attach", VOLUME)

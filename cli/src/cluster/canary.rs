@@ -20,6 +20,29 @@ enum Rule {
     Closed,
     /// P4: a member answers a flush that it has not done.
     Flush,
+    /// P8: reads are answered without being confirmed. Its process does not cut off clients of an owner that it knows to be replaced
+    /// either: that is quicker than any client most of the time, and no rule of the protocol.
+    Confirm,
+}
+
+impl Rule {
+    fn named() -> Option<Self> {
+        match std::env::var("XSAN_CANARY").ok()?.as_str() {
+            "append" => Some(Self::Append),
+            "closed" => Some(Self::Closed),
+            "flush" => Some(Self::Flush),
+            "confirm" => Some(Self::Confirm),
+            // Another fault is wanted, no broken rule: see `xsan_env::faults`.
+            "none" => None,
+            other => panic!("XSAN_CANARY={other} is no rule"),
+        }
+    }
+}
+
+/// Whether clients stay with an owner that was replaced.
+#[must_use]
+pub fn keeps_replaced_owners() -> bool {
+    Rule::named() == Some(Rule::Confirm)
 }
 
 /// A storage node that breaks a rule.
@@ -34,15 +57,7 @@ struct Broken {
 /// It names none that there is.
 #[must_use]
 pub fn wrap(node: Arc<dyn NodeApi>) -> Arc<dyn NodeApi> {
-    let Ok(name) = std::env::var("XSAN_CANARY") else { return node };
-    let rule = match name.as_str() {
-        "append" => Rule::Append,
-        "closed" => Rule::Closed,
-        "flush" => Rule::Flush,
-        // Another fault is wanted, no broken rule: see `xsan_env::faults`.
-        "none" => return node,
-        other => panic!("XSAN_CANARY={other} is no rule"),
-    };
+    let Some(rule) = Rule::named() else { return node };
     tracing::warn!(?rule, "this process breaks a rule of the protocol");
     Arc::new(Broken { node, rule })
 }
@@ -73,14 +88,17 @@ impl NodeApi for Broken {
     }
 
     fn confirm(&self, member: MemberRef) -> NodeResult<()> {
-        self.node.confirm(member)
+        match self.rule {
+            Rule::Confirm => Box::pin(async { Ok(()) }),
+            _ => self.node.confirm(member),
+        }
     }
 
     fn flush(&self, request: FlushRequest) -> NodeResult<()> {
         match self.rule {
             // What was dropped cannot be flushed, and must not be missed.
             Rule::Append | Rule::Flush => Box::pin(async { Ok(()) }),
-            Rule::Closed => self.node.flush(request),
+            Rule::Closed | Rule::Confirm => self.node.flush(request),
         }
     }
 

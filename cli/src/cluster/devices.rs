@@ -256,11 +256,16 @@ impl Host {
         let file = self.dir().join(settings::FILE);
         let mut changed = Settings::read(&file)?;
         let mut paths = changed.device_paths(self.dir());
-        let Some(path) = self.path_of(device) else {
-            return Err(ClusterError::Invalid(format!(
-                "no disk of {} is known to be device {device}: remove its line by hand",
-                file.display()
-            )));
+        let path = match self.path_of(device) {
+            Some(path) => path,
+            // Another disk has its place already.
+            None if self.unopened().is_empty() => return Ok(()),
+            None => {
+                return Err(ClusterError::Invalid(format!(
+                    "no disk of {} is known to be device {device}: remove its line by hand",
+                    file.display()
+                )));
+            }
         };
         paths.retain(|kept| *kept != path);
         changed.devices = Some(paths);

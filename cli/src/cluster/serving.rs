@@ -302,6 +302,10 @@ impl Host {
 
     /// Cuts the clients of volumes off that have a newer owner or are gone.
     pub async fn fence(self: &Arc<Self>, view: &MetaState) {
+        #[cfg(feature = "canary")]
+        if super::canary::keeps_replaced_owners() {
+            return;
+        }
         for (id, status) in self.volumes().statuses() {
             let register = view.volumes.get(&id).map(raft_meta::Volume::register);
             let newer = register.is_some_and(|register| register.generation > status.generation);

@@ -79,3 +79,33 @@ async fn a_node_goes_on_without_a_lost_disk_and_takes_it_back_or_another_one() {
     hosts.kill(3);
     read_back(&hosts, 1, &ledger, "from the new disk").await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_disk_under_the_old_ones_name_takes_its_share() {
+    let mut random = Random::of_test();
+    let mut hosts = Hosts::started(3);
+    hosts.ok(1, &["volume", "create", "vm1", "--size", "65MiB"]);
+    let ledger = Arc::new(Mutex::new(Ledger::new(VOLUME_BYTES)));
+    write_some(hosts.dir(1), "vm1", &ledger, &mut random, 4, 32 << 20).await;
+    let disk = hosts.dir(3).join("device.img");
+    let lost = hosts.ok(3, &["node", "show", "n3"])["device"].as_str().expect("an id").to_owned();
+
+    hosts.kill(3);
+    let file = std::fs::File::create(&disk).expect("another disk");
+    file.set_len(2 << 30).expect("a blank one");
+    hosts.restart(3);
+    wait_until_missing(&hosts, 1, &lost, &disk);
+    // Nobody formats a disk that it was not told to.
+    let added = hosts.ok(3, &["device", "add", &disk.to_string_lossy()]);
+    let new = added["device"].as_str().expect("an id").to_owned();
+    assert_ne!(new, lost);
+    hosts.ok(3, &["device", "remove", &lost]);
+    hosts.wait_until_whole(1, 60);
+    assert!(device(&hosts, 1, &lost).is_none(), "the cluster has forgotten it");
+    hosts.kill(3);
+    hosts.restart(3);
+    hosts.wait_until_whole(1, 60);
+    assert_eq!(device(&hosts, 1, &new).map(|device| device["missing"].clone()), Some(Value::Bool(false)));
+    hosts.kill(2);
+    read_back(&hosts, 1, &ledger, "from the new disk").await;
+}

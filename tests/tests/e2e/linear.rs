@@ -1,8 +1,9 @@
 //! What clients see of a volume while hosts are killed, frozen, cut off, and the volume moves, is what one disk could have shown.
 
 use std::time::{Duration, Instant};
+use xsan_tests::linearizable::{Recorder, check};
 use xsan_tests::rounds::{Fault, round};
-use xsan_tests::{Hosts, Random};
+use xsan_tests::{Hosts, Random, eventually};
 
 async fn rounds(mut hosts: Hosts, usual: u64) {
     let mut random = Random::of_test();
@@ -78,4 +79,31 @@ async fn a_member_that_answers_what_it_has_not_got_is_noticed() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_closed_member_that_takes_appends_is_noticed() {
     is_noticed("closed", &[Fault::FreezeServer(LONG)]).await;
+}
+
+/// In random rounds most owners that were replaced learn it from a write before they are asked to read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reads_that_nobody_confirms_are_noticed() {
+    let hosts = Hosts::with_broken_rule(4, "confirm");
+    hosts.ok(1, &["volume", "create", "vm1", "--size", "64MiB"]);
+    let recorder = Recorder::new();
+    let mut replaced = hosts.connect(1, "vm1").await.expect("served");
+    let first = recorder.start_write(1, 0, 1);
+    replaced.write(0, &[1; 4096], 0).await.expect("a write");
+    recorder.finish_write(first);
+
+    hosts.signal(1, "STOP");
+    // Not asked to hand it over: it would do so when it goes on.
+    eventually(15, "n1 is down", || if hosts.state(2, 1) == "down" { Ok(()) } else { Err(hosts.state(2, 1)) });
+    let mut owner = hosts.connect(2, "vm1").await.expect("served by another node");
+    let second = recorder.start_write(2, 0, 2);
+    owner.write(0, &[2; 4096], 0).await.expect("a write");
+    recorder.finish_write(second);
+    hosts.signal(1, "CONT");
+
+    let reading = recorder.start_read(1, 0);
+    let stale = replaced.read(0, 4096).await.expect("answered by one who asks nobody whether it may");
+    recorder.finish_read(reading, u64::from(stale[0]));
+    let violation = check(&recorder.history()).expect_err("what was replaced was read");
+    println!("noticed: {violation}");
 }
