@@ -76,6 +76,9 @@ pub enum ClusterError {
     /// The process is shutting down.
     #[error("the cluster is shutting down")]
     Closing,
+    /// What was to be done for a client is of no use to it any more.
+    #[error("the client has left")]
+    Left,
     /// Another process runs on the directory.
     #[error("another process runs the cluster in {0}")]
     Busy(PathBuf),
@@ -148,7 +151,7 @@ impl ClusterError {
             Self::NoMember(_) => ErrorKind::NotFound,
             Self::Cloned { .. } | Self::Foreign { .. } | Self::Member(_) | Self::Used(_) => ErrorKind::Exists,
             Self::Join(_) => ErrorKind::Invalid,
-            Self::Closing => ErrorKind::Closed,
+            Self::Closing | Self::Left => ErrorKind::Closed,
             Self::Busy(_) => ErrorKind::Unavailable,
             Self::Node { .. } => ErrorKind::Unavailable,
             Self::Meta(error) => error.kind(),

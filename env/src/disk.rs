@@ -28,6 +28,9 @@ pub struct Geometry {
 pub trait Disk: Send + Sync + 'static {
     /// Size and alignment.
     fn geometry(&self) -> Geometry;
+    /// Which attachment of the medium to its host this is, among those since the host's boot. Under another number than before its
+    /// own cache may have been lost, as by a power loss of the host: it was unplugged. 0 where that is not told.
+    fn attachment(&self) -> u64;
     /// Fills `into` (its whole length) from `offset`.
     fn read(&self, offset: u64, into: BufMut) -> IoFuture<BufMut>;
     /// Writes all of `data` at `offset`.

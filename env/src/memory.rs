@@ -62,6 +62,8 @@ struct State {
     poisoned: bool,
     /// Number of crashes so far; what was opened or started before the last one is dead.
     crashes: u64,
+    /// Those of them in which it lost power.
+    power_losses: u64,
     in_flight: BTreeMap<u64, Request>,
     next_request: u64,
 }
@@ -125,6 +127,7 @@ impl MemoryDisk {
             counters: Counters::default(),
             poisoned: false,
             crashes: 0,
+            power_losses: 0,
             in_flight: BTreeMap::new(),
             next_request: 0,
         };
@@ -147,7 +150,7 @@ impl MemoryDisk {
         self.crash(None);
     }
 
-    /// The host loses power; what of the unflushed writes stays is up to `keep`.
+    /// The host, or the disk alone, loses power; what of the unflushed writes stays is up to `keep`.
     pub fn power_off(&self, keep: Keep) {
         self.crash(Some(keep));
     }
@@ -168,6 +171,7 @@ impl MemoryDisk {
             }
         }
         state.crashes += 1;
+        state.power_losses += u64::from(power.is_some());
         state.poisoned = false;
         drop(state);
         // Here the senders go: whoever still waits learns that its world ended.
@@ -451,6 +455,10 @@ impl Disk for MemoryDisk {
         self.shared.geometry
     }
 
+    fn attachment(&self) -> u64 {
+        self.state().power_losses
+    }
+
     fn read(&self, offset: u64, into: BufMut) -> IoFuture<BufMut> {
         let bytes = into.len() as u64;
         if let Err(error) = self.shared.geometry.check("read", offset, bytes, std::iter::once(&*into)) {
@@ -501,6 +509,10 @@ impl Opened {
 impl Disk for Opened {
     fn geometry(&self) -> Geometry {
         self.disk.geometry()
+    }
+
+    fn attachment(&self) -> u64 {
+        self.disk.attachment()
     }
 
     fn read(&self, offset: u64, into: BufMut) -> IoFuture<BufMut> {

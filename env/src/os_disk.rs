@@ -143,6 +143,10 @@ impl Disk for OsDisk {
         self.file.geometry()
     }
 
+    fn attachment(&self) -> u64 {
+        self.file.attachment()
+    }
+
     fn read(&self, offset: u64, into: BufMut) -> IoFuture<BufMut> {
         let bytes = into.len() as u64;
         if let Err(error) = self.file.geometry().check("read", offset, bytes, std::iter::once(&*into)) {

@@ -84,6 +84,8 @@ pub trait Export: Send + Sync + 'static {
     /// Identity of what is served, in this process: it stays the same under every name the export gets, and no other
     /// export ever has it. Clients are counted, cut and kept apart by it (P12); names are for finding and for people.
     fn key(&self) -> String;
+    /// The client sends nothing more, and may be gone: what has not begun need not be.
+    fn client_left(&self) {}
     /// Current description; cheap. The size grows on resize (clients learn it at their next connection).
     fn info(&self) -> ExportInfo;
     /// Reads `length` bytes.

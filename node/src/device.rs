@@ -87,6 +87,7 @@ pub(crate) struct Device {
     pub(crate) env: Env,
     pub(crate) id: DeviceId,
     pub(crate) incarnation: Incarnation,
+    /// As long as it is the same, nothing that was completed is lost from the disk's cache.
     pub(crate) boot: u128,
     pub(crate) sector: u32,
     pub(crate) buffers: BufPool,
@@ -191,7 +192,7 @@ impl Device {
             env: env.clone(),
             id: superblock.device,
             incarnation,
-            boot: env.boot_id(),
+            boot: boot(env.boot_id(), disk.attachment()),
             sector: disk.geometry().sector.max(superblock.sector),
             buffers,
             counters: Counters::default(),
@@ -559,6 +560,11 @@ impl Drop for Running {
         self.0.running.fetch_sub(1, Ordering::AcqRel);
         self.0.progress.notify_waiters();
     }
+}
+
+/// Two of a host's boots never share their number's upper half, so neither do two attachments in different boots.
+fn boot(of_host: u128, attachment: u64) -> u128 {
+    of_host ^ (u128::from(attachment) << 64)
 }
 
 /// Brings the index up to the log and finds what is free.

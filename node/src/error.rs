@@ -32,6 +32,9 @@ pub enum NodeOpenError {
         /// This cluster.
         expected: ClusterId,
     },
+    /// Another disk of this node says that it is the same device: one of them is a copy.
+    #[error("device {0} is open already, on another disk: one of the two is a copy; wipe it, or take it out")]
+    AlreadyOpen(DeviceId),
     /// The log is damaged before records that were flushed later.
     #[error("the log of device {device} is damaged at byte {offset}; nothing was changed: see `xsan debug device`")]
     LogDamaged {
@@ -87,6 +90,7 @@ impl NodeOpenError {
             Self::Formatted(_) => ErrorKind::Exists,
             Self::Version { .. } | Self::OtherCluster { .. } | Self::TooSmall { .. } => ErrorKind::Invalid,
             Self::SuperblockDamaged | Self::LogDamaged { .. } | Self::Overlap { .. } => ErrorKind::Corrupt,
+            Self::AlreadyOpen(_) => ErrorKind::Exists,
             Self::Index(_) | Self::Io { .. } => ErrorKind::Unavailable,
         }
     }

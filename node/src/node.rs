@@ -120,11 +120,16 @@ impl Node {
         let Self { env, config, incarnation, .. } = self;
         let device = Device::open(env, handle, config.cluster, *incarnation, config.buffers.clone()).await?;
         let id = device.id;
-        let map = self.map.read().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(map) = map {
-            device.set_map(map);
+        // Held over both: a map that comes meanwhile reaches it either way.
+        let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(map) = &*map {
+            device.set_map(Arc::clone(map));
         }
-        self.devices.write().unwrap_or_else(PoisonError::into_inner).insert(id, device);
+        let mut devices = self.devices.write().unwrap_or_else(PoisonError::into_inner);
+        if devices.contains_key(&id) {
+            return Err(NodeOpenError::AlreadyOpen(id));
+        }
+        devices.insert(id, device);
         Ok(id)
     }
 

@@ -227,6 +227,22 @@ fn what_was_flushed_survives_power_loss_at_every_io() {
     });
 }
 
+/// A disk that was unplugged while its host went on comes back under the same boot id, without what was in its cache.
+#[test]
+fn a_disk_that_was_unplugged_promises_no_more_than_after_a_power_loss() {
+    run(|_| async move {
+        let env = boot(1);
+        let bench = Bench::new(&env, 64 << 20).await;
+        let node = bench.open(&env).await;
+        let mut answered = Answered::default();
+        workload(&node, &mut answered).await.expect("nothing fails");
+        node.kill().await;
+        bench.disk.power_off(Keep::Nothing);
+        let node = bench.open(&env).await;
+        check(&node, &answered, answered.flushed, MemberState::Flushed).await;
+    });
+}
+
 /// The index may outlive what it tells of: a put that is repeated must not take its word for the bytes.
 #[test]
 fn a_put_that_is_repeated_after_power_loss_is_there_when_it_is_answered() {

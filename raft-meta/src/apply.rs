@@ -34,6 +34,7 @@ impl MetaState {
             Command::CancelMove { pool } => self.end_move(*pool, false),
             Command::PlaceEmptied { pool, map_epoch, device } => self.place_emptied(*pool, *map_epoch, *device),
             Command::RemoveDevice { device } => self.remove_device(*device),
+            Command::LoseDevice { device } => self.lose_device(*device),
             Command::CreateVolume { name, pool, size, ack } => self.create_volume(name, *pool, *size, *ack),
             Command::RenameVolume { volume, name } => self.rename_volume(*volume, name),
             Command::SetVolumePolicy { volume, ack } => {
@@ -136,6 +137,7 @@ impl MetaState {
                 return Err(MetaError::DeviceInUse(device.id));
             }
             self.devices.retain(|_, device| device.node != id);
+            self.lost_devices.retain(|device| self.devices.contains_key(device));
             self.hosts.nodes.remove(&id);
         }
         if let Some(node) = self.nodes.get_mut(&id) {
@@ -168,8 +170,22 @@ impl MetaState {
             return Err(MetaError::DeviceInUse(id));
         }
         self.devices.remove(&id);
+        self.lost_devices.remove(&id);
         self.removed_devices.insert(id);
         self.settle_draining(node);
+        self.bump_epoch();
+        Ok(Outcome::Done)
+    }
+
+    fn lose_device(&mut self, id: DeviceId) -> Result<Outcome, MetaError> {
+        if !self.devices.contains_key(&id) {
+            return Err(MetaError::NoDevice(id));
+        }
+        if !self.lost_devices.insert(id) {
+            return Ok(Outcome::Done);
+        }
+        self.set_device_state(id, DeviceState::Out)?;
+        // Also if it was out: what was found before this map may have been found on it.
         self.bump_epoch();
         Ok(Outcome::Done)
     }
@@ -198,6 +214,9 @@ impl MetaState {
 
     fn set_device_state(&mut self, id: DeviceId, state: DeviceState) -> Result<Outcome, MetaError> {
         let device = self.devices.get_mut(&id).ok_or(MetaError::NoDevice(id))?;
+        if state == DeviceState::In && self.lost_devices.contains(&id) {
+            return Err(MetaError::DeviceLost(id));
+        }
         if device.state != state {
             device.state = state;
             let node = device.node;
@@ -370,6 +389,10 @@ impl MetaState {
             let moves = self.pools.get(id).is_some_and(|pool| pool.next.is_some());
             rule(moves && emptied.iter().all(|device| self.devices.contains_key(device)), BrokenRule::Pool(*id))?;
         }
+        for id in &self.lost_devices {
+            let is_out = self.devices.get(id).is_some_and(|device| device.state == DeviceState::Out);
+            rule(is_out, BrokenRule::Device(*id))?;
+        }
         for id in self.hosts.nodes.keys() {
             rule(self.node(*id).is_some(), BrokenRule::Host(*id))?;
         }
@@ -395,7 +418,7 @@ pub enum BrokenRule {
     #[error("{0} has a host and is no node")]
     Host(NodeId),
     /// A device without a node or capacity.
-    #[error("device {0} has no node or no capacity")]
+    #[error("device {0} has no node or no capacity, or is lost and not out")]
     Device(DeviceId),
     /// A pool whose tables are of another shape or name unknown devices.
     #[error("the tables of pool {0} do not fit")]

@@ -219,6 +219,11 @@ pub enum Command {
     },
     /// Service addresses (RFC 0007).
     ServiceAddress(AddressCommand),
+    /// A device is lost with all it held: it is out for good, and nobody waits for it any more.
+    LoseDevice {
+        /// Which.
+        device: DeviceId,
+    },
 }
 
 /// What a command that was not refused has done.

@@ -30,6 +30,9 @@ pub enum MetaError {
     /// The device was removed: its id is not taken back.
     #[error("device {0} was removed; wipe its disk to use it again")]
     DeviceRemoved(DeviceId),
+    /// The device was given up as lost: what was concluded from that cannot be taken back.
+    #[error("device {0} was given up as lost; wipe its disk and add it as a new one")]
+    DeviceLost(DeviceId),
     /// Another node of the same host names another rack or zone.
     #[error("{0} stands on the same host and names another rack or zone")]
     HostElsewhere(NodeId),
@@ -123,6 +126,7 @@ impl MetaError {
             Self::NameTaken
             | Self::DeviceKnown(_)
             | Self::DeviceRemoved(_)
+            | Self::DeviceLost(_)
             | Self::AuthorityKnown
             | Self::TokenKnown
             | Self::AddressTaken(_) => ErrorKind::Exists,

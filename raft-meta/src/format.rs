@@ -286,7 +286,7 @@ pub fn encode_snapshot(state: &MetaState, last_index: u64) -> Vec<u8> {
 
 /// The state in a snapshot of version `version`, which it fills to the end. Both kinds of snapshot count versions alike.
 ///
-/// Version 1 ends before the hosts, version 2 before what moves have emptied, version 3 before addresses: nothing was
+/// Version 1 ends before the hosts, version 2 before what moves have emptied, version 3 before addresses and lost devices: nothing was
 /// known of any.
 pub(crate) fn decode_state(payload: &[u8], version: u16) -> Option<MetaState> {
     let mut whole = std::borrow::Cow::Borrowed(payload);
@@ -298,8 +298,8 @@ pub(crate) fn decode_state(payload: &[u8], version: u16) -> Option<MetaState> {
         whole = postcard::to_extend(&moves, whole.into_owned()).ok()?.into();
     }
     if version < 4 {
-        let addresses: BTreeMap<VolumeId, AddressRecord> = BTreeMap::new();
-        whole = postcard::to_extend(&addresses, whole.into_owned()).ok()?.into();
+        let rest: (BTreeMap<VolumeId, AddressRecord>, BTreeSet<DeviceId>) = Default::default();
+        whole = postcard::to_extend(&rest, whole.into_owned()).ok()?.into();
     }
     let (state, rest): (MetaState, &[u8]) = postcard::take_from_bytes(&whole).ok()?;
     rest.is_empty().then_some(state)

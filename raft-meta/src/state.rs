@@ -205,6 +205,9 @@ pub struct MetaState {
     pub removed_devices: BTreeSet<DeviceId>,
     /// Of volumes that have one (RFC 0007).
     pub addresses: BTreeMap<VolumeId, AddressRecord>,
+    /// Devices that somebody has said are lost with all they held, and that are still named by tables or journal sets (RFC 0006, rule 7).
+    /// They are out for good.
+    pub lost_devices: BTreeSet<DeviceId>,
 }
 
 impl MetaState {
@@ -227,6 +230,7 @@ impl MetaState {
             emptied: BTreeMap::new(),
             removed_devices: BTreeSet::new(),
             addresses: BTreeMap::new(),
+            lost_devices: BTreeSet::new(),
         }
     }
 
@@ -258,6 +262,12 @@ impl MetaState {
     #[must_use]
     pub fn volume_named(&self, name: &str) -> Option<&Volume> {
         self.volume_names.get(name).and_then(|id| self.volumes.get(id))
+    }
+
+    /// Whether nothing will ever be had of a device again: it was lost, or removed.
+    #[must_use]
+    pub fn is_given_up(&self, device: DeviceId) -> bool {
+        self.lost_devices.contains(&device) || self.removed_devices.contains(&device)
     }
 
     /// Devices of a node.

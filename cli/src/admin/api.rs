@@ -386,6 +386,15 @@ pub struct AddedDevice {
     pub device: String,
 }
 
+/// How a device is removed.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct RemoveDevice {
+    /// It is missing and will not return: what it held is to be rebuilt from others, and nobody waits for it any more. Cannot be
+    /// taken back.
+    #[serde(default)]
+    pub lost: bool,
+}
+
 /// What became of a device that is to be removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

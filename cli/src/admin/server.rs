@@ -2,7 +2,7 @@
 
 use super::api::{
     AddDevice, AddedDevice, ApiError, ChangeVolume, CreatePool, CreateToken, CreateVolume, DeleteVolume, Done,
-    DrainNode, JoinToken, RemovedDevice, RenameNode, SetAddress, StopNode,
+    DrainNode, JoinToken, RemoveDevice, RemovedDevice, RenameNode, SetAddress, StopNode,
 };
 use super::status::cluster_status;
 use crate::cluster::events::Event;
@@ -368,13 +368,26 @@ async fn add_device(State(admin): State<Admin>, Json(request): Json<AddDevice>) 
     Ok(Json(AddedDevice { device: device.to_string() }))
 }
 
-async fn remove_device(State(admin): State<Admin>, Path(id): Path<String>) -> Answer<RemovedDevice> {
+async fn remove_device(
+    State(admin): State<Admin>,
+    Path(id): Path<String>,
+    Json(request): Json<RemoveDevice>,
+) -> Answer<RemovedDevice> {
     let device = find_device(&admin, &id)?;
     match admin.cluster.propose(Command::RemoveDevice { device }).await {
         Ok(_) => Ok(Json(RemovedDevice::Removed)),
         Err(ClusterError::Meta(MetaError::DeviceInUse(_))) => {
-            moves::check_without(&admin.cluster.facts().await, &BTreeSet::from([device]))?;
-            admin.cluster.propose(Command::SetDeviceState { device, state: DeviceState::Out }).await?;
+            let facts = admin.cluster.facts().await;
+            moves::check_without(&facts, &BTreeSet::from([device]))?;
+            if request.lost && !facts.view.lost_devices.contains(&device) {
+                if !facts.is_missing(device) {
+                    let text = format!("device {device} is served by its node: remove it without `lost`");
+                    return Err(ClusterError::Invalid(text).into());
+                }
+                admin.cluster.propose(Command::LoseDevice { device }).await?;
+            } else {
+                admin.cluster.propose(Command::SetDeviceState { device, state: DeviceState::Out }).await?;
+            }
             Ok(Json(RemovedDevice::Leaving))
         }
         Err(error) => Err(error.into()),

@@ -228,7 +228,7 @@ fn node_status(facts: &Facts, node: &NodeFacts) -> NodeStatus {
         capacity: device.capacity,
         used: 0,
         failed: false,
-        missing: node.report.is_some(),
+        missing: facts.is_missing(device.id),
         state: device_state(facts, device.id),
     }));
     let sum = |field: fn(&DeviceReport) -> u64| node.report.iter().flat_map(|report| &report.devices).map(field).sum();

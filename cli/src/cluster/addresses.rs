@@ -4,11 +4,10 @@
 //! The kernel is given each address for [`LEASE`] only and told again every [`TICK`]: a process that is frozen or killed loses its
 //! addresses without doing anything. Whoever was late by a lease asks the metadata before it puts an address back.
 
-use super::export::{export_key, volume_info};
+use super::export::{VolumeExport, export_key, volume_info};
 use super::host::Host;
 use super::maps::answers;
 use super::membership::{Reply, Serve};
-use super::serving::HostExports;
 use crate::error::ClusterError;
 use lsm_block::Health;
 use raft_meta::addresses::CLIENTS_MAX;
@@ -495,7 +494,7 @@ impl Host {
         let (host, name) = (Arc::clone(self), volume.name.as_str().to_owned());
         drop(self.env().spawn("serve for address", async move {
             tracing::info!(volume = name, "served here for its address");
-            if let Err(error) = host.take_unserved(id, &name).await {
+            if let Err(error) = host.take_unserved(id).await {
                 tracing::warn!(volume = name, %error, "cannot serve the volume for its address");
             }
         }));
@@ -664,12 +663,12 @@ impl Exports for OneVolume {
     }
 
     fn open(&self, name: &str, transport: Transport) -> BoxFuture<'static, Result<Arc<dyn Export>, OpenError>> {
-        let opened = if self.name().as_deref() != Some(name) {
-            Err(OpenError::NotFound)
-        } else if self.host.volumes().serving(self.id).is_some() && !self.host.is_leaving(self.id) {
-            return HostExports(Arc::clone(&self.host)).open(name, transport);
-        } else {
-            Err(OpenError::Unavailable("the volume has moved, and its address with it: connect again".into()))
+        // Never on standby: the address is where the volume is.
+        let served = self.host.volumes().serving(self.id).filter(|_| !self.host.is_leaving(self.id));
+        let opened = match served {
+            _ if self.name().as_deref() != Some(name) => Err(OpenError::NotFound),
+            Some(attached) => Ok(Arc::new(VolumeExport::new(attached, transport)) as Arc<dyn Export>),
+            None => Err(OpenError::Unavailable("the volume has moved, and its address with it: connect again".into())),
         };
         Box::pin(std::future::ready(opened))
     }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use xsan_node::Assignment;
-use xsan_placement::{DeviceState, PgTable};
+use xsan_placement::PgTable;
 use xsan_types::{DeviceId, Epoch, PgId, PoolId, ShardId, ShardIndex, VolumeId};
 use xsan_wire::node::{HoldShard, NodeApi, NodeError, PutShard, ShardInfo};
 
@@ -53,8 +53,7 @@ impl Assignment for HostMap {
     }
 
     fn is_given_up(&self, device: DeviceId) -> bool {
-        let known = self.0.devices.get(&device);
-        known.is_some_and(|device| device.state == DeviceState::Out) || self.0.removed_devices.contains(&device)
+        self.0.is_given_up(device)
     }
 }
 
@@ -115,8 +114,9 @@ async fn carry(host: &Host, view: &Arc<MetaState>) -> bool {
     let mut reports = Vec::new();
     for pool in view.pools.values().filter(|pool| pool.next.is_some()) {
         for device in view.devices_to_empty(pool) {
-            // What is not open here is rebuilt from others (rule 5).
+            // What is not open here is rebuilt from others (rule 5), or its disk returns.
             if !host.node().has_device(device) {
+                left |= view.devices.get(&device).is_some_and(|record| record.node == host.node_id());
                 continue;
             }
             reports.push((pool.id, device));
@@ -300,10 +300,16 @@ fn millis(time: Duration) -> u64 {
 }
 
 /// Frees for all pools that rest and changed since the last time; whether something is left to be done.
-async fn free(host: &Host, view: &MetaState, freed: &mut BTreeMap<PoolId, Epoch>) -> bool {
+async fn free(host: &Host, view: &MetaState, freed: &mut BTreeMap<(PoolId, DeviceId), Epoch>) -> bool {
     let rests = |pool: &Pool| pool.next.is_none();
-    let is_due = |pool: &&Pool| rests(pool) && freed.get(&pool.id) != Some(&pool.map_epoch);
-    let due: Vec<PoolId> = view.pools.values().filter(is_due).map(|pool| pool.id).collect();
+    let own: Vec<DeviceId> = view.devices_of(host.node_id()).map(|device| device.id).collect();
+    // One whose disk is away is due when it returns.
+    let own: Vec<DeviceId> = own.into_iter().filter(|device| host.node().has_device(*device)).collect();
+    let is_due = |pool: &Pool, device: DeviceId| freed.get(&(pool.id, device)) != Some(&pool.map_epoch);
+    let pools = view.pools.values().filter(|pool| rests(pool));
+    let due: Vec<(PoolId, DeviceId)> = pools
+        .flat_map(|pool| own.iter().filter(|device| is_due(pool, **device)).map(|device| (pool.id, *device)))
+        .collect();
     if due.is_empty() {
         return false;
     }
@@ -312,15 +318,13 @@ async fn free(host: &Host, view: &MetaState, freed: &mut BTreeMap<PoolId, Epoch>
     let map: Arc<dyn Assignment> = Arc::new(HostMap(Arc::clone(&newest)));
     host.node().set_map(&map);
     let mut left = false;
-    for pool in due.into_iter().filter_map(|pool| newest.pools.get(&pool)).filter(|pool| rests(pool)) {
-        let own = newest.devices_of(host.node_id()).map(|device| device.id);
-        let own = own.filter(|device| host.node().has_device(*device));
-        let mut outcome = Ok(());
-        for device in own {
-            outcome = outcome.and(Carrying { host, view: &newest, pool: pool.id, device }.free().await);
+    for (pool, device) in due {
+        let Some(pool) = newest.pools.get(&pool).filter(|pool| rests(pool)) else { continue };
+        if !host.node().has_device(device) {
+            continue;
         }
-        match outcome {
-            Ok(()) => drop(freed.insert(pool.id, pool.map_epoch)),
+        match (Carrying { host, view: &newest, pool: pool.id, device }.free().await) {
+            Ok(()) => drop(freed.insert((pool.id, device), pool.map_epoch)),
             Err(reason) => {
                 tracing::info!(pool = %pool.name, reason, "what belongs elsewhere cannot be freed now");
                 left = true;

@@ -8,7 +8,7 @@ use super::facts::{Facts, NodeFacts, NodeReport};
 use super::founding::Mute;
 use super::handle::NodeHandle;
 use super::storage::{Storage, lock_directory, share_of_space};
-use super::volumes::VolumeManager;
+use super::volumes::{Attached, VolumeManager};
 use super::{Cluster, Done, Events, events};
 use crate::error::ClusterError;
 use lsm_block::Tuning;
@@ -270,6 +270,11 @@ impl DevCluster {
 
     fn clients(&self, volume: VolumeId) -> usize {
         self.gateway.get().map_or(0, |gateway| gateway.clients(&export_key(volume)).len())
+    }
+
+    async fn attached(&self, name: &str) -> Result<Arc<Attached>, ClusterError> {
+        let volume = self.view().volume_named(name).map(|volume| volume.id);
+        self.volumes.attach(volume.ok_or_else(|| ClusterError::NoVolume(name.to_owned()))?).await
     }
 
     async fn delete_volume(&self, name: &str, force: bool) -> Result<(), ClusterError> {
@@ -571,7 +576,7 @@ impl Cluster for DevCluster {
         Box::pin(self.facts())
     }
     fn resize(&self, name: String, size: u64) -> Done<'_, ()> {
-        Box::pin(async move { Ok(self.volumes.attach(&name).await?.volume.resize(size).await?) })
+        Box::pin(async move { Ok(self.attached(&name).await?.volume.resize(size).await?) })
     }
     fn delete_volume(&self, name: String, force: bool) -> Done<'_, ()> {
         Box::pin(async move { self.delete_volume(&name, force).await })
@@ -586,7 +591,7 @@ impl Cluster for DevCluster {
         Box::pin(async move { self.start_node(&name).await })
     }
     fn attach(&self, name: String) -> Done<'_, ()> {
-        Box::pin(async move { self.volumes.attach(&name).await.map(drop) })
+        Box::pin(async move { self.attached(&name).await.map(drop) })
     }
     fn stand_by(&self, _name: String) -> Done<'_, ()> {
         Box::pin(std::future::ready(Err(ClusterError::Invalid(

@@ -6,7 +6,7 @@ use super::probe::{self, DiskProbe};
 use super::settings::{self, Settings};
 use super::storage::Storage;
 use crate::error::ClusterError;
-use raft_meta::{Command, MetaState};
+use raft_meta::{Command, MetaError, MetaState};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
@@ -19,13 +19,22 @@ use xsan_wire::node::{NodeApi, NodeError};
 
 /// What must be empty on a disk before it becomes a device.
 const BLANK_BYTES: usize = 1 << 20;
+/// How often a disk that is not there is looked for.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
 
 /// The disks that the settings name.
 #[derive(Debug, Default)]
 pub(super) struct Disks {
     served: BTreeMap<PathBuf, DeviceId>,
     /// Those that cannot be served, and why.
-    unopened: BTreeMap<PathBuf, String>,
+    unopened: BTreeMap<PathBuf, Unopened>,
+}
+
+#[derive(Clone, Debug)]
+struct Unopened {
+    why: String,
+    /// There was no disk that could be read: it may appear.
+    may_appear: bool,
 }
 
 /// Opens the devices that the settings name. One that cannot be opened keeps no other one from being served, nor this host's guests
@@ -50,7 +59,8 @@ pub(super) async fn open_devices(
             Err(foreign @ ClusterError::Foreign { .. }) => return Err(foreign),
             Err(error) => {
                 tracing::error!(path = %path.display(), %error, "a device cannot be opened: the node runs without it");
-                disks.unopened.insert(path, error.to_string());
+                let may_appear = matches!(error, ClusterError::Io { .. });
+                disks.unopened.insert(path, Unopened { why: error.to_string(), may_appear });
             }
         }
     }
@@ -143,6 +153,14 @@ impl Probes {
     }
 }
 
+/// Looks for disks of the settings that were not there at the start, until all have appeared.
+pub(super) async fn look_for_disks(host: Arc<Host>) {
+    while !host.awaited().is_empty() {
+        host.env().sleep(LOOK_EVERY).await;
+        host.serve_appeared().await;
+    }
+}
+
 impl Host {
     /// Makes a blank disk of this host a device. Asked for again after it was cut short, it goes on.
     ///
@@ -179,24 +197,56 @@ impl Host {
     /// A device that is in the settings: one that is back, or a new disk where one was lost; what was cut short before the cluster knew
     /// it goes on.
     async fn add_again(&self, path: &Path) -> Result<DeviceId, ClusterError> {
-        if self.unopened().contains_key(path) {
-            let disk = self.storage().open_disk(path, None).await?;
-            let device = match refuse_foreign(&disk, path, self.identity()).await? {
-                Some(known) => known.device,
-                None => self.claim(&disk, path).await?,
+        let served = self.disks.lock().unwrap_or_else(PoisonError::into_inner).served.get(path).copied();
+        if let Some(device) = served {
+            return match self.view().devices.contains_key(&device) {
+                true => Err(ClusterError::Invalid(format!("{} is a device of this node already", path.display()))),
+                false => self.make_known(device).await,
             };
-            let opened = serve(self.storage(), self.dir(), self.identity(), self.node(), (device, disk)).await;
-            let (device, disk) = opened?;
-            self.note_served_disk(path, device);
-            self.watch(device, &disk);
-            tracing::info!(%device, path = %path.display(), "a device is served again");
-            self.map_changed.notify_one();
-            return if self.view().devices.contains_key(&device) { Ok(device) } else { self.make_known(device).await };
         }
-        let (own, view) = (self.node().devices().await.unwrap_or_default(), self.view());
-        match own.iter().find(|status| !view.devices.contains_key(&status.device)) {
-            Some(unknown) => self.make_known(unknown.device).await,
-            None => Err(ClusterError::Invalid(format!("{} is a device of this node already", path.display()))),
+        let disk = self.storage().open_disk(path, None).await?;
+        let device = match refuse_foreign(&disk, path, self.identity()).await? {
+            Some(known) => known.device,
+            None => self.claim(&disk, path).await?,
+        };
+        self.serve_again(path, device, disk).await?;
+        if self.view().devices.contains_key(&device) { Ok(device) } else { self.make_known(device).await }
+    }
+
+    async fn serve_again(&self, path: &Path, device: DeviceId, disk: Arc<dyn Disk>) -> Result<(), ClusterError> {
+        if self.view().is_given_up(device) {
+            return Err(MetaError::DeviceLost(device).into());
+        }
+        let (_, disk) = serve(self.storage(), self.dir(), self.identity(), self.node(), (device, disk)).await?;
+        self.note_served_disk(path, device);
+        self.watch(device, &disk);
+        tracing::info!(%device, path = %path.display(), "a device is served again");
+        self.map_changed.notify_one();
+        Ok(())
+    }
+
+    /// Disks of the settings that were not there when they were looked for.
+    fn awaited(&self) -> Vec<PathBuf> {
+        let disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        disks.unopened.iter().filter(|(_, disk)| disk.may_appear).map(|(path, _)| path.clone()).collect()
+    }
+
+    /// Serves those that are there now. Never one that is blank, or that is another node's.
+    async fn serve_appeared(&self) {
+        let _changing = self.changing_devices.lock().await;
+        for path in self.awaited() {
+            let Ok(disk) = self.storage().open_disk(&path, None).await else { continue };
+            let outcome = match refuse_foreign(&disk, &path, self.identity()).await {
+                Ok(Some(found)) => self.serve_again(&path, found.device, disk).await,
+                Ok(None) => Err(ClusterError::Invalid(format!("{} is no device of this node", path.display()))),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = outcome {
+                tracing::warn!(path = %path.display(), %error, "a disk that has appeared is not served");
+                let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+                // Not again before somebody says so.
+                disks.unopened.insert(path, Unopened { why: error.to_string(), may_appear: false });
+            }
         }
     }
 
@@ -230,11 +280,11 @@ impl Host {
         }
     }
 
-    /// Lets devices go that the metadata knew and does not know any more.
+    /// Lets devices go that the metadata knew and does not know any more, or that were given up.
     pub(super) fn forget_devices(self: &Arc<Self>, view: &MetaState, known: &mut BTreeSet<DeviceId>) {
-        let own: Vec<DeviceId> = view.devices_of(self.node_id()).map(|device| device.id).collect();
-        // Some may have been removed while this process did not run.
-        let is_gone = |device: &&DeviceId| !own.contains(device) || view.removed_devices.contains(device);
+        let own = view.devices_of(self.node_id()).map(|device| device.id);
+        let own: Vec<DeviceId> = own.filter(|device| !view.is_given_up(*device)).collect();
+        let is_gone = |device: &&DeviceId| !own.contains(device);
         let gone: Vec<DeviceId> = known.iter().filter(is_gone).copied().collect();
         known.extend(own);
         for device in gone {
@@ -300,7 +350,8 @@ impl Host {
     /// Disks of its settings that cannot be served, and why.
     #[must_use]
     pub fn unopened(&self) -> BTreeMap<PathBuf, String> {
-        self.disks.lock().unwrap_or_else(PoisonError::into_inner).unopened.clone()
+        let disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        disks.unopened.iter().map(|(path, disk)| (path.clone(), disk.why.clone())).collect()
     }
 
     fn watch(&self, device: DeviceId, disk: &Arc<dyn Disk>) {

@@ -161,7 +161,10 @@ impl Exports for VolumeManager {
         let manager = self.clone();
         let name = name.to_owned();
         Box::pin(async move {
-            match manager.attach(&name).await {
+            let Some(id) = manager.view().volume_named(&name).map(|volume| volume.id) else {
+                return Err(OpenError::NotFound);
+            };
+            match manager.attach(id).await {
                 Ok(attached) => Ok(Arc::new(VolumeExport::new(attached, transport)) as Arc<dyn Export>),
                 Err(error) if error.kind() == ErrorKind::NotFound => Err(OpenError::NotFound),
                 Err(error) => {

@@ -145,6 +145,14 @@ pub struct VolumeReport {
 }
 
 impl Facts {
+    /// Whether a device's node answers, and does not serve it.
+    #[must_use]
+    pub fn is_missing(&self, device: DeviceId) -> bool {
+        let Some(record) = self.view.devices.get(&device) else { return false };
+        let report = self.nodes.iter().find(|node| node.id == record.node).and_then(|node| node.report.as_ref());
+        report.is_some_and(|report| !report.devices.iter().any(|served| served.id == device))
+    }
+
     /// All reports that came.
     pub fn reports(&self) -> impl Iterator<Item = &NodeReport> {
         self.nodes.iter().filter_map(|node| node.report.as_ref()).chain(&self.unplaced)

@@ -196,6 +196,7 @@ impl Host {
                 events::follow(self.env.clone(), Arc::clone(&self.consensus), Arc::clone(&self.events)),
             ),
             self.env.spawn("devices", ask_devices(Arc::clone(self))),
+            self.env.spawn("disks", super::devices::look_for_disks(Arc::clone(self))),
             self.env.spawn("introduction", introduce(Arc::clone(self))),
             self.env.spawn("moves", moves::plan(Arc::clone(self))),
             self.env.spawn("addresses", addresses::keep(Arc::clone(self))),
@@ -596,7 +597,8 @@ async fn follow(host: Arc<Host>) {
             }
             host.map_changed.notify_one();
         }
-        devices.extend(opened.intersection(&view.removed_devices));
+        // Some may have been given up while this process did not run.
+        devices.extend(opened.iter().copied().filter(|device| view.is_given_up(*device)));
         host.forget_devices(&view, &mut devices);
         host.fence(&view).await;
         if applied.changed().await.is_err() {
@@ -634,7 +636,7 @@ async fn tell_registers(host: &Host, view: &MetaState, told: &mut BTreeMap<Volum
     }
 }
 
-/// Keeps what is known of devices fresh: after changes of the map, and from time to time while volumes are served.
+/// Keeps what is known of devices fresh: after changes of the map, and from time to time while volumes are served or one is missing.
 async fn ask_devices(host: Arc<Host>) {
     loop {
         let view = host.view();
@@ -643,7 +645,7 @@ async fn ask_devices(host: Arc<Host>) {
             tracing::error!(%error, "a pool cannot be served");
         }
         let changed = host.map_changed.notified();
-        if host.volumes.statuses().is_empty() {
+        if host.volumes.statuses().is_empty() && !host.maps.lacks_devices() && host.unopened().is_empty() {
             changed.await;
         } else {
             // Either way it is time to look again.

@@ -74,8 +74,15 @@ impl Maps {
         }
     }
 
+    /// Whether a node that answers does not serve all its devices.
+    #[must_use]
+    pub fn lacks_devices(&self) -> bool {
+        !self.absent.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
     fn note_absent(&self, view: &MetaState, node: NodeId, served: &[DeviceStatus]) {
         let mut absent = self.absent.lock().unwrap_or_else(PoisonError::into_inner);
+        absent.retain(|device| view.devices.contains_key(device));
         for device in view.devices_of(node) {
             if served.iter().any(|status| status.device == device.id) {
                 absent.remove(&device.id);

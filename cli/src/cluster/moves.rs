@@ -89,7 +89,7 @@ async fn reports(host: &Host, view: &MetaState) -> Reports {
     futures::future::join_all(asked).await.into_iter().flatten().collect()
 }
 
-/// Devices that carry nothing themselves because their node is away, or cannot open them, and whose data is to be rebuilt at the new
+/// Devices that carry nothing themselves because their node is away, or they were given up as lost, and whose data is to be rebuilt at the new
 /// places.
 fn lost_places(host: &Host, view: &MetaState, pool: &Pool, reports: &Reports) -> Vec<DeviceId> {
     let now = host.env().wall_millis();
@@ -98,7 +98,7 @@ fn lost_places(host: &Host, view: &MetaState, pool: &Pool, reports: &Reports) ->
         let Some(node) = view.node(record.node) else { return true };
         if let Some(report) = reports.get(&node.id) {
             let is_served = report.devices.iter().any(|served| served.id == *device);
-            return record.state == DeviceState::Out && !is_served;
+            return view.lost_devices.contains(device) && !is_served;
         }
         let since = view.hosts.nodes.get(&node.id).map_or(now, |host| host.since_millis);
         let away = Duration::from_millis(now.saturating_sub(since));

@@ -23,6 +23,8 @@ const SILENCE_MAX: Duration = Duration::from_secs(6);
 const LEFT_FOR: Duration = Duration::from_secs(1);
 /// How long a volume that was let go is not taken back by itself.
 const AWAY_FOR: Duration = Duration::from_secs(5);
+/// How often a volume that is moved here is asked for again when another node takes it at the same moment.
+const MOVES_MAX: u32 = 10;
 /// A resize waits for what is being written.
 const RESIZE_FOR: Duration = Duration::from_secs(30);
 /// How long a client waits for the newest metadata before it is told that there is none.
@@ -48,19 +50,41 @@ impl Host {
     /// # Errors
     /// No such volume; why the take-over failed.
     pub async fn attach(&self, name: &str) -> Result<Arc<Attached>, ClusterError> {
-        let attached = self.move_here(name).await?;
+        let view = self.newest_view().await?;
+        let id = self.find(&view, name)?;
+        let attached = self.move_here(id, || true).await?;
         attached.pin();
         Ok(attached)
     }
 
-    /// As [`Host::attach`]; it stays as long as it has clients here.
-    pub(super) async fn move_here(&self, name: &str) -> Result<Arc<Attached>, ClusterError> {
-        let view = self.newest_view().await?;
-        let id = self.find(&view, name)?;
+    /// As [`Host::attach`]; it stays as long as it has clients here. Nothing is taken from anybody once it is not wanted any more.
+    pub(super) async fn move_here(
+        &self,
+        id: VolumeId,
+        is_wanted: impl Fn() -> bool,
+    ) -> Result<Arc<Attached>, ClusterError> {
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            match self.move_once(id, &is_wanted).await {
+                // A client elsewhere asked for it at the same moment, and its node was quicker: this one was told where it shall be.
+                Err(error) if error.kind() == ErrorKind::Fenced && attempts < MOVES_MAX => {
+                    tracing::info!(volume = %id, %error, attempts, "another node took it at the same moment");
+                    self.newest_view().await?;
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    async fn move_once(&self, id: VolumeId, is_wanted: impl Fn() -> bool) -> Result<Arc<Attached>, ClusterError> {
         // From here on clients that ask for it here wait for the outcome.
         let taking = Taking::begin(self, id).await;
         if let Some(attached) = self.volumes().serving(id) {
             return Ok(attached);
+        }
+        if !is_wanted() {
+            return Err(ClusterError::Left);
         }
         let owner = self.other_owner(&self.view(), id);
         // Before the other one lets go: its clients ask around at once, and no third node shall take the volume for one of them.
@@ -69,10 +93,10 @@ impl Host {
             match self.ask_release(owner, &Release { volume: id, force: true }, RELEASE_FOR).await {
                 Some(Reply::Done) => {}
                 // Without its help the volume is recovered, and the other one is fenced.
-                answer => tracing::warn!(volume = name, %owner, ?answer, "taken over without a hand-over"),
+                answer => tracing::warn!(volume = %id, %owner, ?answer, "taken over without a hand-over"),
             }
         }
-        self.take(taking, generation, name).await
+        self.take(taking, generation).await
     }
 
     /// Serves a volume for a client that asks for it here.
@@ -87,6 +111,11 @@ impl Host {
         let newest = self.env().timeout(NEWEST_FOR, self.newest_view()).await;
         let view = newest.unwrap_or(Err(MetaError::NoAnswer.into()))?;
         let id = self.find(&view, name)?;
+        self.open_volume_for_client(id, name).await
+    }
+
+    /// As [`Host::open_for_client`], of a volume that is known; `name` is for people.
+    pub(super) async fn open_volume_for_client(&self, id: VolumeId, name: &str) -> Result<Arc<Attached>, ClusterError> {
         if let Some(attached) = self.volumes().serving(id) {
             return Ok(attached);
         }
@@ -130,21 +159,21 @@ impl Host {
                 }
             }
         }
-        self.take_unserved(id, name).await
+        self.take_unserved(id).await
     }
 
     /// Takes a volume over that nobody serves, for a client or so that it is reached at its address.
     ///
     /// # Errors
     /// Why the take-over failed.
-    pub(super) async fn take_unserved(&self, id: VolumeId, name: &str) -> Result<Arc<Attached>, ClusterError> {
+    pub(super) async fn take_unserved(&self, id: VolumeId) -> Result<Arc<Attached>, ClusterError> {
         let taking = Taking::begin(self, id).await;
         // Whoever had the turn before may have done it.
         if let Some(attached) = self.volumes().serving(id) {
             return Ok(attached);
         }
         let generation = self.note_taking(id).await;
-        self.take(taking, generation, name).await
+        self.take(taking, generation).await
     }
 
     /// Completes when `owner` should not answer any more, or another one serves the volume.
@@ -163,13 +192,8 @@ impl Host {
         generation
     }
 
-    async fn take(
-        &self,
-        taking: Taking<'_>,
-        generation: Generation,
-        name: &str,
-    ) -> Result<Arc<Attached>, ClusterError> {
-        match self.volumes().attach(name).await {
+    async fn take(&self, taking: Taking<'_>, generation: Generation) -> Result<Arc<Attached>, ClusterError> {
+        match self.volumes().attach(taking.volume).await {
             Ok(attached) => {
                 self.note_served(&attached, Some(self.node_id()));
                 self.addresses().look();

@@ -24,6 +24,11 @@ const READ_BYTES_MAX: u32 = 1 << 20;
 const READ_WITHIN: Duration = Duration::from_secs(2);
 /// How long a read is tried.
 const READ_FOR: Duration = Duration::from_secs(60);
+/// After which time of failures a node that is up, but does not serve the volume, is asked for it: a client of its own that
+/// connects again comes first.
+const ASK_AFTER: Duration = Duration::from_secs(10);
+/// How old a change may be when the volume is here: its client may have lost patience, and have sent it again elsewhere.
+const CHANGE_WITHIN: Duration = Duration::from_secs(10);
 /// Until a read is tried again.
 const RETRY_AFTER: Duration = Duration::from_millis(250);
 
@@ -62,8 +67,7 @@ impl Host {
     fn granted(&self, volume: VolumeId) -> Option<Arc<Grant>> {
         let mut standby = self.standby.lock().unwrap_or_else(PoisonError::into_inner);
         let now = self.env().now();
-        // Sessions that were let in hold it.
-        standby.retain(|_, grant| now.since(grant.since) < OPEN_WITHIN || Arc::strong_count(grant) > 1);
+        standby.retain(|_, grant| now.since(grant.since) < OPEN_WITHIN);
         standby.get(&volume).cloned()
     }
 
@@ -75,7 +79,8 @@ impl Host {
         // A flush before the volume is here covers nothing of other connections.
         let info = ExportInfo { multi_conn: false, ..volume_info(&view, name, transport)? };
         let host = Arc::clone(self);
-        Some(Arc::new(StandbyExport(Arc::new(Session { host, volume, info, transport, grant, here: OnceCell::new() }))))
+        let (here, ended) = (OnceCell::new(), AtomicBool::new(false));
+        Some(Arc::new(StandbyExport(Arc::new(Session { host, volume, info, transport, grant, here, ended }))))
     }
 
     /// Bytes of a volume that this node serves; `None`: it does not, or they cannot be read.
@@ -107,8 +112,15 @@ impl Host {
     }
 }
 
-/// A client's session on a volume that another node served when it was opened.
+/// A client's session on a volume that another node served when it was opened; dropped when its connection has ended, though its
+/// requests may still run.
 pub struct StandbyExport(Arc<Session>);
+
+impl Drop for StandbyExport {
+    fn drop(&mut self) {
+        self.client_left();
+    }
+}
 
 struct Session {
     host: Arc<Host>,
@@ -119,6 +131,8 @@ struct Session {
     grant: Arc<Grant>,
     /// Set once: it is served here.
     here: OnceCell<VolumeExport>,
+    /// Its connection has ended: the client may be elsewhere, with newer writes.
+    ended: AtomicBool,
 }
 
 impl Session {
@@ -128,60 +142,82 @@ impl Session {
         Ok(volume.name.to_string())
     }
 
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Relaxed)
+    }
+
     /// As for a client that opens it now: never taken from other clients.
     async fn opened(&self) -> Result<&VolumeExport, ClusterError> {
         let open = || async {
             let name = self.name()?;
-            self.host.open_for_client(&name).await.map(|attached| self.serve(attached))
+            self.host.open_volume_for_client(self.volume, &name).await.map(|attached| self.serve(attached))
         };
         self.here.get_or_try_init(open).await
     }
 
     /// Moves the volume here, from whatever clients it has.
-    async fn moved(&self) -> Result<&VolumeExport, ExportError> {
-        let move_here = || async {
-            if let Some(attached) = self.host.volumes().serving(self.volume) {
-                return Ok(self.serve(attached));
-            }
-            let name = self.name()?;
-            if self.grant.is_used.load(Ordering::Relaxed) {
-                return self.host.open_for_client(&name).await.map(|attached| self.serve(attached));
-            }
-            let attached = self.host.move_here(&name).await?;
-            self.grant.is_used.store(true, Ordering::Relaxed);
-            let mut standby = self.host.standby.lock().unwrap_or_else(PoisonError::into_inner);
-            if standby.get(&self.volume).is_some_and(|grant| Arc::ptr_eq(grant, &self.grant)) {
-                standby.remove(&self.volume);
-            }
-            Ok(self.serve(attached))
-        };
-        self.here.get_or_try_init(move_here).await.map_err(|error: ClusterError| {
-            tracing::warn!(volume = %self.volume, %error, "the volume cannot be moved here");
-            // One that connects again is told why, and sends it again.
-            ExportError::Moved
-        })
+    async fn moved(&self) -> Result<&VolumeExport, ClusterError> {
+        if self.grant.is_used.load(Ordering::Relaxed) {
+            return self.opened().await;
+        }
+        let is_wanted = || !self.has_ended();
+        let move_here =
+            || async { self.host.move_here(self.volume, is_wanted).await.map(|attached| self.serve(attached)) };
+        self.here.get_or_try_init(move_here).await
     }
 
+    /// It is served here: the grant has done what it was for.
     fn serve(&self, attached: Arc<Attached>) -> VolumeExport {
+        self.grant.is_used.store(true, Ordering::Relaxed);
+        let mut standby = self.host.standby.lock().unwrap_or_else(PoisonError::into_inner);
+        if standby.get(&self.volume).is_some_and(|grant| Arc::ptr_eq(grant, &self.grant)) {
+            standby.remove(&self.volume);
+        }
         VolumeExport::new(attached, self.transport)
     }
 
+    /// Where a change that came at `since` is made. One that connects again is told why there is no such place, and sends it again.
+    async fn changed(&self, since: Moment) -> Result<&VolumeExport, ExportError> {
+        let moved = match self.has_ended() {
+            true => Err(ClusterError::Left),
+            false => self.moved().await,
+        };
+        let here = moved.map_err(|error| {
+            tracing::warn!(volume = %self.volume, %error, "the volume cannot be moved here");
+            ExportError::Moved
+        })?;
+        let waited = self.host.env().now().since(since);
+        if self.has_ended() || waited > CHANGE_WITHIN {
+            tracing::warn!(volume = %self.volume, ?waited, "a change that waited for the volume is not made");
+            return Err(ExportError::Moved);
+        }
+        Ok(here)
+    }
+
     async fn read(&self, offset: u64, length: u32) -> Result<Vec<ReadPiece>, ExportError> {
-        let since = self.host.env().now();
-        loop {
+        let env = self.host.env();
+        let since = env.now();
+        while !self.has_ended() {
             if let Some(pieces) = self.host.read_at_owner(self.volume, offset, length).await {
                 return Ok(pieces);
+            }
+            let failing_for = env.now().since(since);
+            let is_served = self.host.other_owner(&self.host.view(), self.volume).is_some();
+            if is_served && failing_for < ASK_AFTER {
+                env.sleep(RETRY_AFTER).await;
+                continue;
             }
             match self.opened().await {
                 Ok(here) => return here.read(offset, length).await,
                 Err(error) if error.kind() == ErrorKind::NotFound => return Err(ExportError::Moved),
-                Err(error) if self.host.env().now().since(since) > READ_FOR => {
+                Err(error) if failing_for > READ_FOR => {
                     tracing::warn!(volume = %self.volume, %error, "a read on standby failed");
                     return Err(ExportError::Io);
                 }
-                Err(_) => self.host.env().sleep(RETRY_AFTER).await,
+                Err(_) => env.sleep(RETRY_AFTER).await,
             }
         }
+        Err(ExportError::Moved)
     }
 }
 
@@ -196,14 +232,18 @@ impl StandbyExport {
         if let Some(here) = self.0.here.get() {
             return change(here);
         }
-        let session = Arc::clone(&self.0);
-        Box::pin(async move { change(session.moved().await?).await })
+        let (session, since) = (Arc::clone(&self.0), self.0.host.env().now());
+        Box::pin(async move { change(session.changed(since).await?).await })
     }
 }
 
 impl Export for StandbyExport {
     fn key(&self) -> String {
         export_key(self.0.volume)
+    }
+
+    fn client_left(&self) {
+        self.0.ended.store(true, Ordering::Relaxed);
     }
 
     fn info(&self) -> ExportInfo {

@@ -139,22 +139,21 @@ impl VolumeManager {
         self.0.pools.read().expect("pools lock").clone()
     }
 
-    /// The served volume of that name; takes it over if it is not served yet.
+    /// The served volume; takes it over if it is not served yet.
     ///
     /// # Errors
     /// `NotFound`, or why the take-over failed.
-    pub async fn attach(&self, name: &str) -> Result<Arc<Attached>, ClusterError> {
+    pub async fn attach(&self, id: VolumeId) -> Result<Arc<Attached>, ClusterError> {
         let _busy = self.0.busy.read().await;
         let mut closing = self.0.closing.subscribe();
         if *closing.borrow() {
             return Err(ClusterError::Closing);
         }
-        let no_volume = || ClusterError::NoVolume(name.to_owned());
-        let id = self.view().volume_named(name).ok_or_else(no_volume)?.id;
         let _turn = self.turn(id).lock_owned().await;
         // Another one may have attached, renamed or deleted it meanwhile.
         let view = self.view();
-        let record = view.volume_named(name).filter(|record| record.id == id).ok_or_else(no_volume)?;
+        let record = view.volume(id).ok_or_else(|| ClusterError::NoVolume(id.to_string()))?;
+        let name = record.name.as_str();
         if let Some(attached) = self.serving(id) {
             return Ok(attached);
         }

@@ -131,10 +131,14 @@ enum DeviceCommand {
         /// A block device or file on that host.
         path: PathBuf,
     },
-    /// Move a device's data to the others, then forget it. Shows progress; goes on if this command is interrupted.
+    /// Move a device's data to the others, then forget it. Shows progress; goes on if this command is interrupted. One that is
+    /// missing is given up: what it held is rebuilt from others.
     Remove {
         /// Its id, or how it begins (`xsan device list`).
         device: String,
+        /// Give a missing device up without being asked.
+        #[arg(long)]
+        yes: bool,
         /// Do not wait until its data has moved; give the command again later.
         #[arg(long)]
         no_wait: bool,
@@ -145,6 +149,9 @@ enum DeviceCommand {
         device: String,
         /// A blank block device or file of the host that is asked.
         path: PathBuf,
+        /// Give a missing device up without being asked.
+        #[arg(long)]
+        yes: bool,
         /// Do not wait until its data has moved.
         #[arg(long)]
         no_wait: bool,

@@ -1,7 +1,9 @@
 //! `xsan node drain` and `xsan device add|remove|replace`: data that moves, watched until it is there.
 
-use super::{DeviceCommand, Failure, Output, fetch, output};
-use crate::admin::api::{AddDevice, AddedDevice, ClusterStatus, DeviceInfo, Done, DrainNode, RemovedDevice};
+use super::{DeviceCommand, Failure, Output, fetch, output, volume};
+use crate::admin::api::{
+    AddDevice, AddedDevice, ClusterStatus, DeviceInfo, Done, DrainNode, RemoveDevice, RemovedDevice,
+};
 use crate::admin::client::Client;
 use crate::error::ClusterError;
 use hyper::Method;
@@ -44,18 +46,20 @@ pub(super) async fn device(client: &Client, command: DeviceCommand, output: Outp
             let added = add(client, path, None).await?;
             output::done(output, &added, &format!("device {} added; its share of the data moves there", added.device));
         }
-        DeviceCommand::Remove { device, no_wait } => {
-            let outcome = remove(client, &find(client, &device).await?, no_wait).await?;
+        DeviceCommand::Remove { device, yes, no_wait } => {
+            let found = find(client, &device).await?;
+            let outcome = remove(client, &found.id, give_up(&found, yes)?, no_wait).await?;
             let text = match outcome {
                 RemovedDevice::Removed => format!("device {device} removed; its disk may be taken out"),
                 RemovedDevice::Leaving => format!("device {device} is being emptied: give the command again later"),
             };
             output::done(output, &outcome, &text);
         }
-        DeviceCommand::Replace { device, path, no_wait } => {
-            let old = find(client, &device).await?;
+        DeviceCommand::Replace { device, path, yes, no_wait } => {
+            let found = find(client, &device).await?;
+            let (lost, old) = (give_up(&found, yes)?, found.id);
             let added = add(client, path, Some(old.clone())).await?;
-            let outcome = remove(client, &old, no_wait).await?;
+            let outcome = remove(client, &old, lost, no_wait).await?;
             let text = match outcome {
                 RemovedDevice::Removed => format!("device {} has taken the place of {old}", added.device),
                 RemovedDevice::Leaving => format!("device {old} is being emptied: `xsan device remove {old}` later"),
@@ -72,10 +76,22 @@ async fn add(client: &Client, path: std::path::PathBuf, replaces: Option<String>
     Ok(client.call(Method::POST, "/v1/devices", &AddDevice { path, replaces }).await?)
 }
 
-async fn remove(client: &Client, device: &str, no_wait: bool) -> Result<RemovedDevice, Failure> {
+/// Whether the device is to be given up: if it is missing, and that is what is wanted.
+fn give_up(device: &DeviceInfo, yes: bool) -> Result<bool, Failure> {
+    if device.missing {
+        let id = &device.id;
+        volume::confirm(
+            yes,
+            &format!("Give device {id} up? It is missing; what only it holds is lost, also if it returns."),
+        )?;
+    }
+    Ok(device.missing)
+}
+
+async fn remove(client: &Client, device: &str, lost: bool, no_wait: bool) -> Result<RemovedDevice, Failure> {
     let path = format!("/v1/devices/{device}");
     loop {
-        let outcome: RemovedDevice = client.call(Method::DELETE, &path, &Done {}).await?;
+        let outcome: RemovedDevice = client.call(Method::DELETE, &path, &RemoveDevice { lost }).await?;
         if outcome == RemovedDevice::Removed || no_wait {
             return Ok(outcome);
         }
@@ -84,13 +100,13 @@ async fn remove(client: &Client, device: &str, no_wait: bool) -> Result<RemovedD
     }
 }
 
-/// The whole id of a device, of which the beginning is enough.
-async fn find(client: &Client, begin: &str) -> Result<String, Failure> {
+/// A device by its id, of which the beginning is enough.
+async fn find(client: &Client, begin: &str) -> Result<DeviceInfo, Failure> {
     let status = fetch(client).await?;
     let devices = status.nodes.iter().flat_map(|node| &node.devices);
     let found: Vec<&DeviceInfo> = devices.filter(|device| device.id.starts_with(begin)).collect();
     match found[..] {
-        [device] => Ok(device.id.clone()),
+        [device] => Ok(device.clone()),
         [] => Err(ClusterError::NoDevice(begin.to_owned()).into()),
         _ => Err(Failure::Usage(format!("several devices begin with {begin:?}"), Some("name more of it".into()))),
     }

@@ -264,6 +264,10 @@ impl Disk for HeldDisk {
         self.0.disk.geometry()
     }
 
+    fn attachment(&self) -> u64 {
+        self.0.disk.attachment()
+    }
+
     fn read(&self, offset: u64, into: BufMut) -> IoFuture<BufMut> {
         self.start(|held| async move { held.disk.read(offset, into).await })
     }

@@ -3,10 +3,10 @@
 use crate::disk::Geometry;
 use crate::error::{EnvError, file_error};
 use crate::runtime::Env;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -47,6 +47,7 @@ pub(crate) struct DiskFile {
     file: File,
     path: PathBuf,
     geometry: Geometry,
+    attachment: u64,
     poisoned: AtomicBool,
     /// Index among the ring's registered descriptors, once the driver has chosen one.
     pub(crate) slot: AtomicU32,
@@ -74,6 +75,10 @@ impl DiskFile {
 
     pub(crate) fn geometry(&self) -> Geometry {
         self.geometry
+    }
+
+    pub(crate) fn attachment(&self) -> u64 {
+        self.attachment
     }
 
     /// Refuses every later write and flush (P4: a repeated flush may lie).
@@ -133,10 +138,12 @@ fn open_locked(options: DiskOptions) -> io::Result<DiskFile> {
     if geometry.bytes == 0 || !matches!(geometry.sector, 512 | 1024 | 2048 | 4096) {
         return Err(fail("use as a disk")(io::ErrorKind::InvalidData.into()));
     }
+    let attachment = attachment(&found);
     Ok(DiskFile {
         file,
         path,
         geometry,
+        attachment,
         poisoned: AtomicBool::new(false),
         slot: AtomicU32::new(NO_SLOT),
         on_close: OnceLock::new(),
@@ -200,6 +207,15 @@ fn device_geometry(file: &File) -> io::Result<Geometry> {
     }
     let sector = u32::try_from(sector).map_err(|_| io::ErrorKind::InvalidData)?;
     Ok(Geometry { bytes: bytes / u64::from(sector.max(1)) * u64::from(sector), sector })
+}
+
+/// The kernel's number of the disk's attachment (`diskseq`, since Linux 5.15), of the one below for a file; a partition has its disk's.
+/// 0 where the kernel does not tell, as below a file system that is on no single disk.
+fn attachment(found: &Metadata) -> u64 {
+    let number = if found.file_type().is_block_device() { found.rdev() } else { found.dev() };
+    let disk = PathBuf::from(format!("/sys/dev/block/{}:{}", libc::major(number), libc::minor(number)));
+    let read = |path: PathBuf| std::fs::read_to_string(path).ok()?.trim().parse().ok();
+    read(disk.join("diskseq")).or_else(|| read(disk.join("../diskseq"))).unwrap_or_default()
 }
 
 /// What direct I/O on this file asks of offsets, lengths and memory; 512 where the kernel does not tell.

@@ -262,6 +262,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<'a, S> {
         let count = room.filled().len();
         if count == 0 {
             self.closing = true;
+            self.export.client_left();
             return Ok(true);
         }
         self.moved += 1;

@@ -78,7 +78,7 @@ impl Writer {
             if std::mem::take(&mut self.reconcile.again) {
                 self.reconcile_later();
             } else {
-                self.shared.unchecked.store(false, Ordering::Relaxed);
+                self.shared.unchecked.store(false, Ordering::Release);
             }
             return;
         };
@@ -173,7 +173,7 @@ impl Writer {
             }
         }
         if complete {
-            self.shared.checked_epoch.store(self.reconcile.epoch.0, Ordering::Relaxed);
+            self.shared.checked_epoch.store(self.reconcile.epoch.0, Ordering::Release);
         }
         if found {
             self.look_after_holes();

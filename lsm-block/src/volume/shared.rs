@@ -389,6 +389,9 @@ impl Shared {
 
     pub(super) fn status(&self) -> VolumeStatus {
         let set = Arc::clone(&self.set.borrow());
+        // Before the holes: what a look found is noted before it is noted that it looked.
+        let checked_epoch = Epoch(self.checked_epoch.load(Ordering::Acquire));
+        let unchecked = self.unchecked.load(Ordering::Acquire);
         VolumeStatus {
             id: self.id,
             health: self.health.borrow().clone(),
@@ -398,8 +401,8 @@ impl Shared {
             members_wanted: self.store.set_size(),
             segments: self.index.segment_count(),
             segments_with_holes: self.index.hole_count(),
-            unchecked: self.unchecked.load(Ordering::Relaxed),
-            checked_epoch: Epoch(self.checked_epoch.load(Ordering::Relaxed)),
+            unchecked,
+            checked_epoch,
             open_segments: self.open.lock().expect("open lock").len(),
             delta_bytes: self.index.delta_bytes(),
             counters: self.counters.snapshot(),

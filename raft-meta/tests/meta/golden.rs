@@ -189,7 +189,7 @@ fn commands_with_moves() -> Vec<Command> {
 }
 
 #[test]
-fn a_snapshot_of_version_3_is_read_as_one_without_addresses() {
+fn a_snapshot_of_version_3_is_read_as_one_without_addresses_and_lost_devices() {
     // Of an older release: never made anew.
     let bytes = std::fs::read(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/snapshot-v3.bin")).unwrap();
     let (state, index) = format::decode_snapshot(&bytes).unwrap();
@@ -198,7 +198,7 @@ fn a_snapshot_of_version_3_is_read_as_one_without_addresses() {
     assert_eq!(state.emptied[&PoolId(1)].len(), 1);
 }
 
-fn address_commands() -> Vec<Command> {
+fn address_and_loss_commands() -> Vec<Command> {
     let four = ServiceAddress { interface: Some("eth1".into()), ..place("10.0.0.50/24") };
     let clients = vec!["10.0.0.7:41000".parse().unwrap(), "[fd00::7]:41001".parse().unwrap()];
     let (volume, other) = (VOLUME, VolumeId(2));
@@ -210,7 +210,9 @@ fn address_commands() -> Vec<Command> {
         AddressCommand::Set { volume: other, place: Some(place("fd00::51/64")) },
     ]
     .map(Command::ServiceAddress)
-    .into()
+    .into_iter()
+    .chain([Command::LoseDevice { device: DeviceId(0x77) }])
+    .collect()
 }
 
 fn place(text: &str) -> ServiceAddress {
@@ -220,7 +222,7 @@ fn place(text: &str) -> ServiceAddress {
 fn snapshot_with_addresses() -> Vec<u8> {
     let mut commands = commands_with_moves();
     commands.extend([create_volume("vm1"), create_volume("vm2")]);
-    commands.extend(address_commands());
+    commands.extend(address_and_loss_commands());
     format::encode_snapshot(&state_after(&commands), commands.len() as u64)
 }
 
@@ -232,16 +234,17 @@ fn a_snapshot_of_version_4_is_read_and_still_written_alike() {
     assert_eq!(state.addresses[&VOLUME].place.to_string(), "10.0.0.50/24");
     assert_eq!(state.addresses[&VOLUME].clients.len(), 2);
     assert_eq!(state.addresses[&VolumeId(2)].place, place("fd00::51/64"));
+    assert!(state.lost_devices.iter().eq([&DeviceId(0x77)]));
 }
 
 #[test]
-fn commands_about_addresses_are_read_and_still_written_alike() {
-    let written = || address_commands().iter().map(format::encode_command).collect::<Vec<_>>();
+fn commands_about_addresses_and_lost_devices_are_read_and_still_written_alike() {
+    let written = || address_and_loss_commands().iter().map(format::encode_command).collect::<Vec<_>>();
     let bytes = golden("address-commands-v1.bin", || format::encode_frame(1, &written()));
     let frame = format::frame_at(&bytes, 0).unwrap();
     let read: Vec<Command> =
         frame.envelopes.iter().map(|(_, envelope)| format::decode_command(envelope, 0).unwrap()).collect();
-    assert_eq!(read, address_commands());
+    assert_eq!(read, address_and_loss_commands());
     assert!(bytes == format::encode_frame(1, &written()), "commands are encoded differently: make a new version");
 }
 

@@ -218,6 +218,37 @@ fn a_move_ends_when_every_old_place_has_said_that_it_is_empty() {
 }
 
 #[test]
+fn a_device_that_is_given_up_as_lost_is_out_for_good() {
+    let mut state = state_after(&nodes(8));
+    state.apply(&create_pool("p", "4+2")).unwrap();
+    let (lose, out) = (
+        Command::LoseDevice { device: device(8) },
+        Command::SetDeviceState { device: device(8), state: DeviceState::Out },
+    );
+    state.apply(&out).unwrap();
+    assert!(!state.is_given_up(device(8)), "one that is drained holds what it holds");
+    let before = state.epoch;
+    state.apply(&lose).unwrap();
+    assert!(state.is_given_up(device(8)) && state.epoch > before, "owners have to look again, though it was out");
+    let after = state.clone();
+    state.apply(&lose).unwrap();
+    assert_eq!(state, after, "a repeat changes nothing");
+    let back = Command::SetDeviceState { device: device(8), state: DeviceState::In };
+    refuse(&mut state, &back, &MetaError::DeviceLost(device(8)));
+    refuse(&mut state, &Command::LoseDevice { device: device(99) }, &MetaError::NoDevice(device(99)));
+    state.check().unwrap();
+    // Removal ends it: the tombstone is enough.
+    state.apply(&Command::PlanMove { pool: PoolId(1), holes_allowed: false }).unwrap();
+    let map_epoch = state.pools[&PoolId(1)].map_epoch;
+    for place in state.devices_to_empty(&state.pools[&PoolId(1)]) {
+        let _ = state.apply(&Command::PlaceEmptied { pool: PoolId(1), map_epoch, device: place });
+    }
+    state.apply(&Command::RemoveDevice { device: device(8) }).unwrap();
+    assert!(state.lost_devices.is_empty() && state.is_given_up(device(8)));
+    state.check().unwrap();
+}
+
+#[test]
 fn a_draining_node_that_comes_back_from_down_is_draining_still() {
     let mut state = state_after(&nodes(2));
     let node = NodeId(2);

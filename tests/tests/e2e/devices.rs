@@ -52,9 +52,20 @@ async fn a_node_goes_on_without_a_lost_disk_and_takes_it_back_or_another_one() {
     assert!(refused.code != 0 && refused.stderr.contains("device.img"), "it is not back yet: {refused:?}");
 
     std::fs::rename(&away, &disk).expect("plugged in again");
-    assert_eq!(hosts.ok(2, &["device", "add", &path])["device"], *lost, "the device that was away");
+    // That it has appeared need nobody say.
     hosts.wait_until_whole(1, 60);
     write_some(hosts.dir(2), "vm1", &ledger, &mut random, 4, 48 << 20).await;
+
+    // Another disk in its place is touched by nobody who was not told to.
+    hosts.kill(2);
+    std::fs::rename(&disk, &away).expect("unplugged");
+    std::fs::File::create(&disk).and_then(|file| file.set_len(2 << 30)).expect("a blank file");
+    hosts.restart(2);
+    wait_until_missing(&hosts, 1, &lost, &disk);
+    std::fs::rename(&away, &disk).expect("plugged in again");
+    assert_eq!(hosts.ok(2, &["device", "add", &path])["device"], *lost, "the device that was away");
+    hosts.wait_until_whole(1, 60);
+    write_some(hosts.dir(2), "vm1", &ledger, &mut random, 4, 16 << 20).await;
 
     // This time for good.
     hosts.kill(2);
@@ -63,7 +74,9 @@ async fn a_node_goes_on_without_a_lost_disk_and_takes_it_back_or_another_one() {
     wait_until_missing(&hosts, 1, &lost, &disk);
     let other = hosts.dir(2).join("other.img");
     std::fs::File::create(&other).and_then(|file| file.set_len(2 << 30)).expect("a blank file");
-    let replaced = hosts.ok(2, &["device", "replace", &lost, &other.to_string_lossy()]);
+    let unconfirmed = hosts.run(2, &["device", "remove", &lost]);
+    assert!(unconfirmed.code != 0 && unconfirmed.stderr.contains("--yes"), "it cannot be undone: {unconfirmed:?}");
+    let replaced = hosts.ok(2, &["device", "replace", &lost, &other.to_string_lossy(), "--yes"]);
     assert!(device(&hosts, 1, &lost).is_none(), "the cluster has forgotten it");
     let found = device(&hosts, 1, replaced["device"].as_str().expect("an id")).expect("listed");
     assert!(found["used"].as_u64().is_some_and(|used| used > 0), "its share was rebuilt there: {found}");
@@ -99,7 +112,7 @@ async fn a_new_disk_under_the_old_ones_name_takes_its_share() {
     let added = hosts.ok(3, &["device", "add", &disk.to_string_lossy()]);
     let new = added["device"].as_str().expect("an id").to_owned();
     assert_ne!(new, lost);
-    hosts.ok(3, &["device", "remove", &lost]);
+    hosts.ok(3, &["device", "remove", &lost, "--yes"]);
     hosts.wait_until_whole(1, 60);
     assert!(device(&hosts, 1, &lost).is_none(), "the cluster has forgotten it");
     hosts.kill(3);

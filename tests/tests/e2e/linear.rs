@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 use xsan_tests::linearizable::{Recorder, check};
-use xsan_tests::rounds::{Fault, round};
+use xsan_tests::rounds::{Fault, round, unless_stuck};
 use xsan_tests::{Hosts, Random, eventually};
 
 async fn rounds(mut hosts: Hosts, usual: u64) {
@@ -61,9 +61,13 @@ async fn is_noticed(rule: &'static str, faults: &[Fault]) {
     let mut hosts = Hosts::with_broken_rule(4, rule);
     for number in 1..=NOTICED_WITHIN {
         let mut own = random.fork();
-        if let Err(violation) = round(&mut hosts, number, &mut own, faults.to_vec()).await {
-            println!("the broken rule {rule} was noticed in round {number}: {violation}");
-            return;
+        match unless_stuck(round(&mut hosts, number, &mut own, faults.to_vec())).await {
+            Some(Err(violation)) => {
+                println!("the broken rule {rule} was noticed in round {number}: {violation}");
+                return;
+            }
+            Some(Ok(_)) => {}
+            None => hosts = Hosts::with_broken_rule(4, rule),
         }
     }
     panic!("nobody noticed in {NOTICED_WITHIN} rounds that the rule {rule} is broken");

@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 use xsan_tests::linearizable::Survival;
-use xsan_tests::rounds::{Fault, power_round, round};
+use xsan_tests::rounds::{Fault, power_round, round, unless_stuck};
 use xsan_tests::{Hosts, Random};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -58,9 +58,13 @@ async fn a_member_that_answers_flushes_it_has_not_done_is_noticed() {
     let mut hosts = Hosts::on_machines(4, "flush", &mut random);
     for number in 1..=NOTICED_WITHIN {
         let mut own = random.fork();
-        if let Err(loss) = power_round(&mut hosts, number, &mut own).await {
-            println!("noticed in round {number}: {loss}");
-            return;
+        match unless_stuck(power_round(&mut hosts, number, &mut own)).await {
+            Some(Err(loss)) => {
+                println!("noticed in round {number}: {loss}");
+                return;
+            }
+            Some(Ok(_)) => {}
+            None => hosts = Hosts::on_machines(4, "flush", &mut random),
         }
     }
     panic!("nobody noticed in {NOTICED_WITHIN} losses of power that flushes are not done");

@@ -1,5 +1,6 @@
 //! Guests that migrate: their disk is open on two hosts for a while (RFC 0008).
 
+use std::time::Duration;
 use xsan_gateway::nbd::proto::command;
 use xsan_tests::cluster::Guest;
 use xsan_tests::{Hosts, eventually};
@@ -76,6 +77,35 @@ async fn a_source_that_dies_leaves_the_disk_to_the_guest_on_standby() {
     hosts.restart(1);
     hosts.wait_until_whole(2, 60);
     assert!(target.read(0, 4096).await.expect("a read").iter().all(|byte| *byte == 2));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_guest_on_standby_asked_for_before_it_left_is_not_done_after_it() {
+    let hosts = cluster();
+    let mut source = open(&hosts, 1).await;
+    source.write(0, &[1; 4096], 0).await.expect("a write");
+    hosts.ok(2, &["volume", "attach", "vm1", "--standby"]);
+    let mut target = open(&hosts, 2).await;
+    assert!(target.read(0, 4096).await.expect("a read").iter().all(|byte| *byte == 1));
+    // So that the move takes a while.
+    hosts.signal(1, "STOP");
+    let asked = tokio::time::timeout(Duration::from_millis(500), target.write(0, &[2; 4096], 0)).await;
+    assert!(asked.is_err(), "the source does not answer");
+    drop(target);
+    hosts.signal(1, "CONT");
+    let mut next = None;
+    for node in [2, 1].into_iter().cycle().take(600) {
+        match hosts.connect(node, "vm1").await {
+            Ok(guest) => {
+                next = Some(guest);
+                break;
+            }
+            // tidy-allow(sleep): the pause between two attempts of a client
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+    let mut next = next.expect("served again within 30 s");
+    assert!(next.read(0, 4096).await.expect("a read").iter().all(|byte| *byte == 1), "done for nobody");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
