@@ -494,7 +494,8 @@ impl Host {
         let (host, name) = (Arc::clone(self), volume.name.as_str().to_owned());
         drop(self.env().spawn("serve for address", async move {
             tracing::info!(volume = name, "served here for its address");
-            if let Err(error) = host.take_unserved(id).await {
+            let known = host.view().hosts.served.get(&id).copied();
+            if let Err(error) = host.take_unserved(id, known).await {
                 tracing::warn!(volume = name, %error, "cannot serve the volume for its address");
             }
         }));

@@ -11,6 +11,7 @@ use raft_meta::{Command, Consensus, MetaError, MetaState, Served};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tokio::sync::OwnedMutexGuard;
+use xsan_env::Moment;
 use xsan_env::runtime::BoxFuture;
 use xsan_gateway::{Export, ExportInfo, Exports, OpenError, Transport};
 use xsan_types::{ErrorKind, Generation, NodeId, VolumeId};
@@ -121,24 +122,35 @@ impl Host {
         }
         let since = self.env().now();
         loop {
+            let known = self.ask_owner(id, name, since).await?;
+            if let Some(attached) = self.take_unserved(id, known).await? {
+                return Ok(attached);
+            }
+        }
+    }
+
+    /// Waits until the volume may be taken for a client that came at `since`: nobody serves it, or whoever did has let it go. Answers
+    /// the note of who serves it by which that was found.
+    async fn ask_owner(&self, id: VolumeId, name: &str, since: Moment) -> Result<Option<Served>, ClusterError> {
+        loop {
             let view = self.view();
+            let known = view.hosts.served.get(&id).copied();
             let owner = self.other_owner(&view, id);
             let owner_name = owner.and_then(|owner| view.node(owner)).map(|node| node.name.to_string());
-            let is_unknown = view.hosts.served.get(&id).is_none_or(|served| served.node == self.node_id());
-            if self.is_leaving(id) && (owner.is_some() || is_unknown) {
+            if self.is_moved_away(&view, id) {
                 let node = owner_name.unwrap_or_else(|| "another node".to_owned());
                 return Err(ClusterError::ServedElsewhere { name: name.to_owned(), node });
             }
-            let (Some(owner), Some(owner_name)) = (owner, owner_name) else { break };
+            let (Some(owner), Some(owner_name)) = (owner, owner_name) else { return Ok(known) };
             let release = Release { volume: id, force: false };
             let answer = tokio::select! {
                 biased;
                 answer = self.ask_release(owner, &release, RELEASE_FOR) => answer,
                 // Then nobody needs its word any more.
-                () = self.owner_is_gone(id, owner) => break,
+                () = self.owner_is_gone(id, owner) => return Ok(known),
             };
             match answer {
-                Some(Reply::Done) => break,
+                Some(Reply::Done) => return Ok(known),
                 // A client that has just left is forgotten in a moment.
                 Some(Reply::InUse { clients: 1.. }) if self.env().now().since(since) < LEFT_FOR => {
                     let _ = self.env().timeout(Duration::from_millis(50), self.owner_is_gone(id, owner)).await;
@@ -148,7 +160,7 @@ impl Host {
                 }
                 Some(Reply::Failed { message }) => {
                     tracing::warn!(volume = name, %owner, message, "taken over without a hand-over");
-                    break;
+                    return Ok(known);
                 }
                 None if self.env().now().since(since) > SILENCE_MAX => {
                     return Err(ClusterError::ServedElsewhere { name: name.to_owned(), node: owner_name });
@@ -159,21 +171,36 @@ impl Host {
                 }
             }
         }
-        self.take_unserved(id).await
     }
 
-    /// Takes a volume over that nobody serves, for a client or so that it is reached at its address.
+    /// Takes a volume over that nobody serves, for a client or so that it is reached at its address. `known` is the note of who serves it
+    /// by which that was found; `None`: another node has taken it since, or is about to.
     ///
     /// # Errors
     /// Why the take-over failed.
-    pub(super) async fn take_unserved(&self, id: VolumeId) -> Result<Arc<Attached>, ClusterError> {
+    pub(super) async fn take_unserved(
+        &self,
+        id: VolumeId,
+        known: Option<Served>,
+    ) -> Result<Option<Arc<Attached>>, ClusterError> {
         let taking = Taking::begin(self, id).await;
         // Whoever had the turn before may have done it.
         if let Some(attached) = self.volumes().serving(id) {
-            return Ok(attached);
+            return Ok(Some(attached));
+        }
+        let view = self.view();
+        let has_another = view.hosts.served.get(&id).copied() != known && self.other_owner(&view, id).is_some();
+        if has_another || self.is_moved_away(&view, id) {
+            return Ok(None);
         }
         let generation = self.note_taking(id).await;
-        self.take(taking, generation).await
+        self.take(taking, generation).await.map(Some)
+    }
+
+    /// Whether it was let go for another node, which has not been noted for long enough to be asked.
+    fn is_moved_away(&self, view: &MetaState, id: VolumeId) -> bool {
+        let is_unknown = view.hosts.served.get(&id).is_none_or(|served| served.node == self.node_id());
+        self.is_leaving(id) && (is_unknown || self.other_owner(view, id).is_some())
     }
 
     /// Completes when `owner` should not answer any more, or another one serves the volume.
@@ -239,7 +266,14 @@ impl Host {
     pub async fn release(&self, id: VolumeId, force: bool) -> Reply {
         let Some(attached) = self.volumes().serving(id) else {
             // It is going to be served here: nobody waits for that to end.
-            return if self.is_taking(id) && !force { Reply::InUse { clients: 0 } } else { Reply::Done };
+            if self.is_taking(id) {
+                if !force {
+                    return Reply::InUse { clients: 0 };
+                }
+                // Nor do others that want it here take it back.
+                self.releasing.lock().unwrap_or_else(PoisonError::into_inner).insert(id, self.env().now());
+            }
+            return Reply::Done;
         };
         let clients = self.clients(id);
         if (clients > 0 || attached.is_pinned()) && !force {
